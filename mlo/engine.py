@@ -1,0 +1,368 @@
+"""`Engine`: the one loop that trains the problems of a graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mlo.errors import BreakdownError, ConfigurationError, GraphError, MloWarning, UnusedDependencyWarning
+from mlo.evaluation import Evaluation, accumulate_total_gradient, number
+from mlo.graph import ProblemGraph
+from mlo.hypergradient.options import is_count
+from mlo.member import Member, MicroBatch
+from mlo.optimizer_facts import warn_of_unknown_decay
+from mlo.problem import Problem
+from mlo.random_state import RandomState, preserved
+from mlo.reports import Outcome, ProblemReport, summarised
+from mlo.stage_function import leaves
+from mlo.status import SolveReport
+from mlo.update import take_step
+from mlo.vectors import Vector
+
+Reports = dict[str, ProblemReport]
+Callback = Callable[["Engine", Reports], object]
+
+
+class Engine:
+    """Trains problems that depend on each other, and gives the hypergradient of any of them.
+
+    Args:
+        problems: in solve order, lowest level first. Order and `depends_on` are all that is needed: see
+            `ProblemGraph` for what follows from them.
+
+    A step of the engine takes `steps` optimizer steps of every root (a problem that no other reads as a
+    response). A problem is stale at the start of the step, and again whenever a later problem that its
+    solution depends on has stepped. Before a problem takes an optimizer step, all responses that it reads,
+    directly or through others, are made fresh, highest first: each takes its own `steps`, starting from where
+    it is, and makes its own dependencies fresh before each of them.
+
+    Raises:
+        ConfigurationError, GraphError: the problems do not fit together.
+
+    Attributes:
+        graph: the `ProblemGraph`; `print(engine.graph)` shows how the problems were read.
+        problems: the problems by name.
+        step_count: how many steps the engine has made.
+
+    """
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        """Check everything and build the graph."""
+        given = _checked_problems(problems)
+        self.graph = ProblemGraph(given)
+        self.problems: Mapping[str, Problem] = {p.name: p for p in given}
+        self.step_count = 0
+        self._members = {p.name: Member(p) for p in given}
+        self._warm_starts: dict[str, Vector] = {}
+        self._reports: Reports = {}
+        self._solves: dict[str, list[SolveReport]] = {}
+        self._stopping = False
+        self._check_parameters()
+        for p in given:
+            p._known = self.problems
+            warn_of_unknown_decay(p.name, p.optimizer)
+            self._warn_of_misplaced_method(p)
+
+    # --- the loop ----------------------------------------------------------------------------------------------
+
+    def step(self) -> Reports:
+        """Make one step of every root, and return what each problem did.
+
+        Raises:
+            LossError: a loss is not a finite scalar with a graph.
+            EvaluationError: a loss reaches parameters past the engine, or writes to them.
+            BreakdownError: a solve broke down and its method says `"raise"`.
+
+        Exceptions of user code keep their type. After any exception the problem in question is as it was before
+        its optimizer step, and the engine can go on.
+
+        """
+        self._refresh_members()
+        self._reports = {name: ProblemReport(name) for name in self.graph.names}
+        self._solves = {name: [] for name in self.graph.names}
+        for member in self._members.values():
+            member.fresh = False
+        with _differentiating():
+            for root in self.graph.roots:
+                self._take_steps(self._members[root])
+        self.step_count += 1
+        return {name: replace(report, solves=summarised(self._solves[name])) for name, report in self._reports.items()}
+
+    def _take_steps(self, member: Member) -> None:
+        """Let a problem take its steps, or none where it takes none; either way its dependencies are made fresh."""
+        outcome = self._reason_not_to_step(member)
+        if outcome is None:
+            for _ in range(member.problem.steps):
+                self._make_responses_fresh(member)
+                self._update(member)
+        else:
+            self._make_responses_fresh(member)
+            self._draw_batches(member)
+            self._report(member, outcome=outcome)
+        member.fresh = True
+
+    def _make_responses_fresh(self, member: Member) -> None:
+        for name in reversed(self.graph.responses(member.name)):
+            if not self._members[name].fresh:
+                self._take_steps(self._members[name])
+
+    def _reason_not_to_step(self, member: Member) -> Outcome | None:
+        if member.problem.optimizer is None:
+            return "no optimizer"
+        return "warm-up" if self.step_count < member.problem.warmup else None
+
+    def _update(self, member: Member) -> None:
+        """Take one optimizer step."""
+        batches = member.feed.next_batches(member.problem.accumulate)
+        evaluation = Evaluation(self.graph, self._members, _last_batches, self._warm_starts, self._solves[member.name])
+        first = not member.checked_in_training
+        try:
+            total, size = take_step(
+                member, lambda: accumulate_total_gradient(evaluation, member, member.trainable, batches, None)
+            )
+        except BreakdownError as error:
+            if not error.skip:
+                raise
+            self._note_batches(member, batches)
+            self._report(member, outcome="skipped")
+            return
+        member.micro_batches = total.micro_batches
+        for name in self.graph.names:
+            if member.name in self.graph.upper(name):
+                self._members[name].fresh = False
+        self._report(
+            member,
+            outcome="stepped",
+            steps=self._reports[member.name].steps + 1,
+            loss=total.loss,
+            metrics=total.metrics,
+            gradient_norm=size,
+        )
+        if first:
+            self._warn_of_unused(member, total.used)
+
+    def _report(self, member: Member, **changes: object) -> None:
+        self._reports[member.name] = replace(self._reports[member.name], **changes)  # type: ignore[arg-type]
+
+    def _draw_batches(self, member: Member) -> None:
+        """Give a problem that does not step the batches that its response is differentiated on."""
+        if self.graph.readers(member.name):
+            self._note_batches(member, member.feed.next_batches(member.problem.accumulate))
+
+    def _note_batches(self, member: Member, batches: Sequence[object]) -> None:
+        state = RandomState.capture(member.devices, host=member.draws_from_host)
+        member.micro_batches = [(batch, state) for batch in batches]
+
+    def run(self, steps: int, *, validate_every: int | None = None, callbacks: Sequence[Callback] = ()) -> Reports:
+        """Make `steps` steps and return the reports of the last one.
+
+        Args:
+            steps: number of engine steps, at least 1.
+            validate_every: call `validate` after every so many steps; its metrics stand in the reports.
+            callbacks: each is called as `callback(engine, reports)` after every step (and its validation). One that
+                calls `engine.stop()` ends the run after this step.
+
+        Raises:
+            ConfigurationError: an argument is out of range.
+
+        """
+        if not is_count(steps):
+            raise ConfigurationError(f"Engine.run(steps={steps!r}): expected an integer of at least 1.")
+        if validate_every is not None and not is_count(validate_every):
+            raise ConfigurationError(
+                f"Engine.run(validate_every={validate_every!r}): expected an integer of at least 1, or None."
+            )
+        self._stopping = False
+        reports: Reports = {}
+        for _ in range(steps):
+            reports = self.step()
+            if validate_every is not None and self.step_count % validate_every == 0:
+                metrics = self.validate()
+                reports = {name: replace(r, validation=metrics.get(name)) for name, r in reports.items()}
+            for callback in callbacks:
+                callback(self, reports)
+            if self._stopping:
+                break
+        return reports
+
+    def stop(self) -> None:
+        """End `run` after the present step."""
+        self._stopping = True
+
+    def validate(self) -> dict[str, dict[str, float]]:
+        """Call `validation_step` of every problem that has one, and return their metrics.
+
+        All modules are in evaluation mode meanwhile, gradients are off, and training modes are restored after. A
+        `ReduceLROnPlateau` scheduler is stepped with the metric, or the entry `"loss"` of several.
+        """
+        found: dict[str, dict[str, float]] = {}
+        with self._evaluation_mode(), torch.no_grad():
+            for name, problem in self.problems.items():
+                result = problem.validation_step()
+                if result is None:
+                    continue
+                named = result if isinstance(result, Mapping) else {"loss": result}
+                what = f"problem {name!r}: validation_step"
+                found[name] = {key: number(value, f"{what}, {key!r}") for key, value in named.items()}
+        for name, metrics in found.items():
+            scheduler = self.problems[name].scheduler
+            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                if "loss" not in metrics:
+                    raise ConfigurationError(
+                        f"problem {name!r}: validation_step returned {', '.join(map(repr, metrics))}; expected the key "
+                        "'loss' for the ReduceLROnPlateau scheduler."
+                    )
+                scheduler.step(metrics["loss"])
+        return found
+
+    @contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        parts = [part for p in self.problems.values() for part in p.module.modules()]
+        modes = [part.training for part in parts]
+        for p in self.problems.values():
+            p.module.eval()
+        try:
+            yield
+        finally:
+            for part, mode in zip(parts, modes, strict=True):
+                part.training = mode
+
+    # --- the hypergradient -------------------------------------------------------------------------------------
+
+    def hypergradient(self, name: str) -> dict[str, Tensor]:
+        """Return the total gradient of a problem's loss in its parameters, at the present values of all problems.
+
+        With θ*(x) the responses that the problem reads, it is ∂L/∂x + (dθ*/dx)ᵀ ∂L/∂θ, the second part by the
+        methods of the stages. Nothing is trained and nothing changes: no parameter, buffer, `.grad`, optimizer,
+        training mode, random state or data position. Each problem's last batch is used, with the random draws of its
+        last evaluation; before the first step, the batch that a fresh run through the data begins with.
+
+        Args:
+            name: the problem's name.
+
+        Returns:
+            For each trainable parameter by name a tensor of its shape (zeros where the loss does not reach it).
+
+        Raises:
+            ConfigurationError: there is no such problem.
+            LossError, EvaluationError, BreakdownError: as in `step`.
+
+        Cost: one evaluation of the problem's loss with its backward pass, and the pullback of each stage
+        that it reads.
+
+        """
+        if name not in self._members:
+            raise ConfigurationError(
+                f"Engine.hypergradient({name!r}): expected the name of a problem, one of {', '.join(self.graph.names)}."
+            )
+        self._refresh_members()
+        member = self._members[name]
+        previews: dict[str, list[MicroBatch]] = {}
+
+        def batches(m: Member) -> list[MicroBatch]:
+            if m.micro_batches is not None:
+                return m.micro_batches
+            if m.name not in previews:
+                state = RandomState.capture(m.devices)
+                previews[m.name] = [(b, state) for b in m.feed.preview(m.problem.accumulate, m.devices)]
+            return previews[m.name]
+
+        involved = [self._members[d] for d in (*self.graph.responses(name), *self.graph.direct(name), name)]
+        devices = dict.fromkeys(d for m in involved for d in m.devices)
+        own = leaves(member.trainable)
+        evaluation = Evaluation(self.graph, self._members, batches, dict(self._warm_starts), [])
+        with preserved(devices), _differentiating():
+            used = batches(member)
+            for m in involved:  # previews are drawn before any loss is evaluated
+                batches(m)
+            accumulate_total_gradient(evaluation, member, own, [b for b, _ in used], [s for _, s in used])
+        return {
+            n: torch.zeros_like(p) if t.grad is None else t.grad
+            for n, p, t in zip(member.names, member.trainable, own, strict=True)
+        }
+
+    # --- checks ------------------------------------------------------------------------------------------------
+
+    def _refresh_members(self) -> None:
+        """Follow what the user has frozen, unfrozen or replaced since the last step."""
+        changed = [m.refresh() for m in self._members.values()]
+        if any(changed):
+            self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        owners: dict[int, tuple[str, str]] = {}
+        for member in self._members.values():
+            if not member.trainable:
+                raise ConfigurationError(
+                    f"problem {member.name!r}: expected at least one parameter with requires_grad that its optimizer "
+                    "holds; all are frozen or foreign to the optimizer. Unfreeze one, or remove the problem from the "
+                    "engine."
+                )
+            for n, p in member.parameters.items():
+                other, other_name = owners.setdefault(id(p), (member.name, n))
+                if other != member.name and p.requires_grad:
+                    raise GraphError(
+                        f"problems {other!r} and {member.name!r} both hold the parameter {n!r} ({other_name!r} in "
+                        f"{other!r}); expected each trainable parameter in one problem. Let one of them read it by "
+                        "depends_on."
+                    )
+
+    def _warn_of_misplaced_method(self, problem: Problem) -> None:
+        """Warn of a method that stands at the problem above instead of at the stages that it differentiates."""
+        stages = [d for d in self.graph.internal(problem.name) if self.problems[d].hypergradient is None]
+        if problem.hypergradient is None or self.graph.readers(problem.name) or not stages:
+            return
+        default = type(self.graph.method(stages[0])).__name__
+        warnings.warn(
+            f"problem {problem.name!r}, hypergradient={type(problem.hypergradient).__name__}: not used, since no "
+            "gradient flows through the response of this problem. A method belongs to the stage whose solution is "
+            f"differentiated; {', '.join(map(repr, stages))} have none and use {default}.",
+            MloWarning,
+            stacklevel=3,
+        )
+
+    def _warn_of_unused(self, member: Member, used: set[str]) -> None:
+        leads = {q for d in self.graph.responses(member.name) for q in self.graph.inputs(d)}
+        for d in self.graph.direct(member.name):
+            if d not in used and d not in leads:
+                warnings.warn(
+                    f"problem {member.name!r} declares that it depends on {d!r}, but its loss did not read it in its "
+                    "first step. Use self.deps in training_step, or remove the name from depends_on.",
+                    UnusedDependencyWarning,
+                    stacklevel=4,
+                )
+
+
+def _last_batches(member: Member) -> list[MicroBatch]:
+    assert member.micro_batches is not None, member.name  # responses are made fresh before they are read
+    return member.micro_batches
+
+
+@contextmanager
+def _differentiating() -> Iterator[None]:
+    """Gradients on, whatever the caller's mode; backward passes on one thread, since bindings are shared by all."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+def _checked_problems(problems: Iterable[Problem]) -> list[Problem]:
+    if isinstance(problems, Problem) or not isinstance(problems, Iterable):
+        raise ConfigurationError(
+            f"Engine(problems={problems!r}): expected a sequence of problems in solve order, lowest level first."
+        )
+    given = list(problems)
+    if not given:
+        raise ConfigurationError("Engine(problems=[]): expected at least one problem.")
+    for p in given:
+        if not isinstance(p, Problem):
+            raise ConfigurationError(f"Engine(problems=…): expected instances of mlo.Problem; got {p!r}.")
+        if not hasattr(p, "warmup"):
+            raise ConfigurationError(
+                f"{type(p).__name__} does not call super().__init__(...) of mlo.Problem in its constructor."
+            )
+    return given

@@ -1,0 +1,303 @@
+"""The gradient of one problem's loss through the responses that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlo.ambient import Autocast
+from mlo.autodiff import gradients
+from mlo.errors import EvaluationError, LossError
+from mlo.frame import Frame, unchanged_in_place
+from mlo.graph import ProblemGraph
+from mlo.losses import checked_loss, unreached, without_graph
+from mlo.member import Member, MicroBatch
+from mlo.random_state import RandomState, host_state, preserved, same_host_state
+from mlo.response import respond
+from mlo.stage_function import StageFunction, leaves
+from mlo.status import SolveReport
+from mlo.vectors import Vector
+
+# How often a loss that has not drawn from Python's or NumPy's generator so far is looked at again: taking
+# their state costs about as much as ten small tensor operations.
+_HOST_CHECK_PERIOD = 16
+
+
+@dataclass
+class Evaluation:
+    """Everything that one gradient of one problem needs, and what it leaves behind.
+
+    Attributes:
+        graph: the problem graph.
+        members: the problems by name.
+        batches: for each problem, the batches and random states that its loss is evaluated on.
+        warm_starts: where solvers keep their last solutions.
+        reports: the solves, in the order in which they ended.
+
+    """
+
+    graph: ProblemGraph
+    members: Mapping[str, Member]
+    batches: Callable[[Member], list[MicroBatch]]
+    warm_starts: MutableMapping[str, Vector]
+    reports: list[SolveReport] = field(default_factory=list)
+
+    def constants(self, names: Iterable[str]) -> dict[str, Vector]:
+        """Return the present parameters of problems as constants."""
+        return {name: tuple(p.detach() for p in self.members[name].trainable) for name in names}
+
+    def add_responses(self, values: dict[str, Vector], order: Iterable[str], path: str) -> None:
+        """Add one response node for each problem of `order` to the values that a loss at `path` sees."""
+        for name in order:
+            member, inputs = self.members[name], self.graph.inputs(name)
+            stage = _ProblemStage(self, member, f"{path}/{name}", [len(values[q]) for q in inputs])
+            x = [t for q in inputs for t in values[q]]
+            values[name] = respond(stage, self.graph.method(name), member.trainable, x)
+
+    @contextmanager
+    def bound(
+        self, member: Member, values: Mapping[str, Vector], *, own_parameters: bool, spare_buffers: bool
+    ) -> Iterator[Frame]:
+        """Let a problem's loss see `values`, for a span that covers its backward pass.
+
+        With `own_parameters` the problem sees its parameters themselves.
+        """
+        direct = [self.members[d] for d in self.graph.direct(member.name)]
+        seen = {m.name: {**m.constant, **dict(zip(m.names, values[m.name], strict=True))} for m in (member, *direct)}
+        for named, m in zip(seen.values(), (member, *direct), strict=True):
+            if m.constant:  # the order of the module
+                ordered = {n: named[n] for n in m.parameters}
+                named.clear()
+                named.update(ordered)
+        frame, before = Frame(seen), member.problem._frame
+        with ExitStack() as stack:
+            stack.enter_context(unchanged_in_place(seen, member.name))
+            for m in direct if own_parameters else (member, *direct):
+                stack.enter_context(m.slots.hold(values[m.name]))
+            if spare_buffers:
+                for m in (member, *direct):
+                    stack.enter_context(m.slots.spare_buffers())
+            member.problem._frame = frame
+            try:
+                yield frame
+            finally:
+                member.problem._frame = before
+
+    def reject_bypasses(self, member: Member, loss: Tensor, own_parameters: bool) -> None:
+        """Raise an error if a loss reaches parameters themselves where it should see what is bound for them."""
+        others = [m for m in self.members.values() if not (own_parameters and m is member)]
+        at = [p for m in others for p in m.trainable]
+        found = iter(gradients([loss], at, retain_graph=True))
+        for m in others:
+            for name in m.names:
+                if next(found) is not None:
+                    raise _bypass(member, m, name, self.graph.direct(member.name))
+
+
+def _bypass(member: Member, owner: Member, parameter: str, direct: Sequence[str]) -> EvaluationError:
+    if owner is member:
+        remedy = "Use self(...), self.params, or the module's attribute itself"
+    elif owner.name in direct:
+        remedy = f"Use self.deps.<role>(...) or self.deps.<role>.params[{parameter!r}]"
+    else:
+        remedy = f"Declare depends_on={owner.name!r} and read it by self.deps"
+    remedy += "; if you do, its module uses a second reference to the parameter, kept in a list, a closure or a cache"
+    return EvaluationError(
+        f"the loss of problem {member.name!r} reaches the parameter {parameter!r} of problem {owner.name!r} past the "
+        f"engine, so that its gradient would be lost; expected access by self or self.deps. {remedy}."
+    )
+
+
+class _ProblemStage(StageFunction):
+    """A problem of the engine as its response node sees it."""
+
+    def __init__(self, evaluation: Evaluation, member: Member, path: str, input_sizes: Sequence[int]) -> None:
+        self.name = path
+        self.title = title(member)
+        self.warm_starts = evaluation.warm_starts
+        self._evaluation, self._member, self._input_sizes = evaluation, member, input_sizes
+        self._autocast = Autocast.capture(d.type for d in member.devices)
+
+    @property
+    def learning_rates(self) -> tuple[float, ...] | None:  # type: ignore[override]
+        return self._member.facts.learning_rates
+
+    @property
+    def weight_decays(self) -> tuple[float, ...]:  # type: ignore[override]
+        return self._member.facts.weight_decays
+
+    @property
+    def signs(self) -> tuple[float, ...]:  # type: ignore[override]
+        return self._member.facts.signs
+
+    @contextmanager
+    def evaluation(self, solution: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Callable[[], Tensor]]:
+        evaluation, member = self._evaluation, self._member
+        batches = evaluation.batches(member)
+        values = {member.name: tuple(solution)}
+        given = iter(inputs)
+        for name, size in zip(evaluation.graph.inputs(member.name), self._input_sizes, strict=True):
+            values[name] = tuple(next(given) for _ in range(size))
+
+        def evaluate() -> Tensor:
+            losses = []
+            for batch, state in batches:
+                state.restore()
+                losses.append(loss_and_metrics(member, batch)[0])
+            loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+            if not member.checked_in_methods:
+                evaluation.reject_bypasses(member, loss, own_parameters=False)
+                member.checked_in_methods = True
+            return loss
+
+        with preserved(member.devices, host=any(s.host is not None for _, s in batches)), self._autocast.restored():
+            evaluation.add_responses(values, evaluation.graph.internal_order(member.name), self.name)
+            with evaluation.bound(member, values, own_parameters=False, spare_buffers=True):
+                yield evaluate
+
+    def record(self, report: SolveReport) -> None:
+        self._evaluation.reports.append(report)
+
+
+def title(member: Member) -> str:
+    """Return how errors name the loss of a problem."""
+    return f"problem {member.name!r}: training_step"
+
+
+def loss_and_metrics(member: Member, batch: Any) -> tuple[Tensor, dict[str, float]]:
+    """Evaluate a problem's loss on one batch, and take what it logs beside it."""
+    result = member.problem.training_step(batch)
+    if not isinstance(result, Mapping):
+        return checked_loss(result, title(member)), {}
+    if "loss" not in result:
+        raise LossError(
+            f"{title(member)} returned a dict with {', '.join(map(repr, result)) or 'nothing'}; "
+            "expected the key 'loss'."
+        )
+    metrics = {key: number(value, f"{title(member)}, {key!r}") for key, value in result.items() if key != "loss"}
+    return checked_loss(result["loss"], title(member)), metrics
+
+
+def number(value: object, what: str) -> float:
+    """Return a logged value as a number."""
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise LossError(
+            f"{what} returned {type(value).__name__}; expected a number or a tensor with one element to log."
+        ) from None
+
+
+@dataclass(frozen=True)
+class TotalGradient:
+    """A problem's loss and what its evaluation left in `.grad` of the leaves.
+
+    Attributes:
+        loss: mean over the batches.
+        metrics: what the loss logs, likewise.
+        micro_batches: the batches with the random states that the loss saw.
+        used: the dependencies that the loss read.
+
+    """
+
+    loss: float
+    metrics: dict[str, float]
+    micro_batches: list[MicroBatch]
+    used: set[str]
+
+
+def accumulate_total_gradient(
+    evaluation: Evaluation,
+    member: Member,
+    own: Sequence[Tensor],
+    batches: Sequence[Any],
+    states: Sequence[RandomState] | None,
+) -> TotalGradient:
+    """Put the total gradient of a problem's loss into `.grad` of `own`, which must be `None` before.
+
+    `own` are the problem's parameters themselves (a training step, `states` is `None`: random draws go on,
+    buffers change as in any forward pass) or fresh leaves in their place (`states` are replayed, buffers are
+    spared).
+
+    The direct gradient and the cotangents of all responses come from one backward pass per batch; the
+    cotangents of all batches together then go through the response nodes, so that each stage is solved once.
+    """
+    graph, training = evaluation.graph, states is None
+    shadow = leaves(own)
+    inner = evaluation.constants(set(graph.direct(member.name)).union(*map(graph.inputs, graph.responses(member.name))))
+    inner[member.name] = shadow
+    evaluation.add_responses(inner, graph.order(member.name), member.name)
+    outputs = {d: inner[d] for d in graph.direct(member.name) if any(t.requires_grad for t in inner[d])}
+    proxies = {d: leaves(tensors) for d, tensors in outputs.items()}
+    values = {**inner, **proxies, member.name: tuple(own)}
+
+    losses: list[float] = []
+    logged: list[dict[str, float]] = []
+    seen: list[MicroBatch] = []
+    inputs = [*own, *(t for tensors in proxies.values() for t in tensors)]
+    with evaluation.bound(member, values, own_parameters=training, spare_buffers=not training) as frame:
+        for i, batch in enumerate(batches):
+            if states is None:
+                state, loss, metrics = _training_evaluation(member, batch)
+            else:
+                state = states[i]
+                state.restore()
+                loss, metrics = loss_and_metrics(member, batch)
+            if not loss.requires_grad:
+                raise without_graph(title(member))
+            if not (member.checked_in_training if training else member.checked_in_methods):
+                evaluation.reject_bypasses(member, loss, own_parameters=training)
+            mean = loss if len(batches) == 1 else loss / len(batches)
+            torch.autograd.backward([mean], inputs=inputs)
+            seen.append((batch, state))
+            losses.append(loss.item())
+            logged.append(metrics)
+    _propagate(outputs, proxies, shadow, own)
+    if all(t.grad is None for t in own):
+        raise unreached(title(member))
+    if training:
+        member.checked_in_training = True
+    else:
+        member.checked_in_methods = True
+    return TotalGradient(
+        loss=sum(losses) / len(losses),
+        metrics={
+            key: sum(m[key] for m in logged if key in m) / sum(key in m for m in logged) for m in logged for key in m
+        },
+        micro_batches=seen,
+        used=frame.used,
+    )
+
+
+def _training_evaluation(member: Member, batch: Any) -> tuple[RandomState, Tensor, dict[str, float]]:
+    """Evaluate the loss of a training step, and find out whether it draws from Python's or NumPy's generator."""
+    look = member.draws_from_host or member.evaluations % _HOST_CHECK_PERIOD == 0
+    member.evaluations += 1
+    state = RandomState.capture(member.devices, host=look)
+    loss, metrics = loss_and_metrics(member, batch)
+    if look and not member.draws_from_host and state.host is not None:
+        member.draws_from_host = not same_host_state(state.host, host_state())
+    return state, loss, metrics
+
+
+def _propagate(
+    outputs: Mapping[str, Vector], proxies: Mapping[str, Vector], shadow: Vector, own: Sequence[Tensor]
+) -> None:
+    """Send the cotangents of the responses through their nodes and add the result to `.grad` of `own`."""
+    pairs = [
+        (output, proxy.grad)
+        for d, tensors in outputs.items()
+        for output, proxy in zip(tensors, proxies[d], strict=True)
+        if output.requires_grad and proxy.grad is not None
+    ]
+    if not pairs:
+        return
+    torch.autograd.backward([o for o, _ in pairs], [c for _, c in pairs], inputs=list(shadow))
+    for leaf, t in zip(own, shadow, strict=True):
+        if t.grad is not None:
+            leaf.grad = t.grad if leaf.grad is None else leaf.grad.add_(t.grad)

@@ -1,0 +1,280 @@
+"""`ProblemGraph`: what the solve order and the dependencies of problems imply, and the checks on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from mlo.errors import GraphError
+from mlo.hypergradient import ConjugateGradient, HypergradientMethod
+from mlo.hypergradient.scaling import missing_learning_rate
+from mlo.problem import Problem
+
+EdgeKind = Literal["response", "constraint", "constant"]
+
+
+class ProblemGraph:
+    """Problems in solve order, lowest level first, and the edges between them.
+
+    An edge p → d (p depends on d) is a *response* edge where d comes earlier: p's loss sees d's solution,
+    and p's gradient flows back through it. It is a *constraint* edge where d comes later: p's loss sees
+    d's present value, and d's hypergradient flows through p's response. An earlier d that p names in
+    `constants` is taken as given.
+
+    `str(graph)` is a table; `to_mermaid()` and `to_dot()` draw the graph.
+
+    Raises:
+        GraphError: names are unknown, repeated or clash, a problem depends on itself or stands alone, a
+            response needs a problem that the reader neither reads nor takes as given, problems take each
+            other's responses as given, or a hypergradient method cannot do what the graph asks of it.
+
+    """
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        """Derive and check everything."""
+        self._problems = {p.name: p for p in problems}
+        self.names: tuple[str, ...] = tuple(p.name for p in problems)
+        self._position = {name: i for i, name in enumerate(self.names)}
+        self._check_names(problems)
+        self._responses: dict[str, tuple[str, ...]] = {}
+        self._internal: dict[str, tuple[str, ...]] = {}
+        self._inputs: dict[str, tuple[str, ...]] = {}
+        for name in self.names:  # each one rests on the earlier ones
+            self._responses[name] = self._find_responses(name)
+            self._check_leads(name)
+            self._internal[name] = self._find_internal(name)
+            self._inputs[name] = self._find_inputs(name)
+        self._upper = {name: self._find_upper(name) for name in self.names}
+        self._orders = {name: self._find_order(name, self._responses[name]) for name in self.names}
+        self._internal_orders = {name: self._find_order(name, self._internal[name]) for name in self.names}
+        read = {d for name in self.names for d in self.direct(name) if self.kind(name, d) == "response"}
+        #: Problems that no other reads as a response, in solve order.
+        self.roots: tuple[str, ...] = tuple(name for name in self.names if name not in read)
+        self._check_connected()
+        self._check_constants()
+        self._check_methods()
+
+    # --- what the graph is -------------------------------------------------------------------------------------
+
+    def direct(self, name: str) -> tuple[str, ...]:
+        """Return the problems that `name` declares to depend on, each once, in solve order."""
+        return self._sorted(set(self._problems[name].depends_on.values()))
+
+    def kind(self, name: str, dependency: str) -> EdgeKind:
+        """Return the kind of the edge from `name` to one of its dependencies."""
+        if self._position[dependency] > self._position[name]:
+            return "constraint"
+        return "constant" if dependency in self._problems[name].constants else "response"
+
+    def responses(self, name: str) -> tuple[str, ...]:
+        """Return R(name): the responses that `name` reads, directly or through other responses."""
+        return self._responses[name]
+
+    def internal(self, name: str) -> tuple[str, ...]:
+        """Return the responses among R(name) whose solution depends on `name` itself.
+
+        They are rebuilt inside the gradient of `name`; only through them does a gradient of `name` flow.
+        """
+        return self._internal[name]
+
+    def inputs(self, name: str) -> tuple[str, ...]:
+        """Return the problems whose values the response node of `name` takes as inputs."""
+        return self._inputs[name]
+
+    def upper(self, name: str) -> tuple[str, ...]:
+        """Return U(name): the later problems that the solution of `name` depends on, directly or through others."""
+        return self._upper[name]
+
+    def order(self, name: str) -> tuple[str, ...]:
+        """Return R(name) in an order in which every response node finds its inputs."""
+        return self._orders[name]
+
+    def internal_order(self, name: str) -> tuple[str, ...]:
+        """Return `internal(name)` in an order in which every response node finds its inputs."""
+        return self._internal_orders[name]
+
+    def readers(self, name: str) -> tuple[str, ...]:
+        """Return the problems whose gradient flows through the response of `name`."""
+        return tuple(p for p in self.names if name in self._internal[p])
+
+    def method(self, name: str) -> HypergradientMethod:
+        """Return the hypergradient method of a problem (by default conjugate gradients, right in every graph)."""
+        return self._problems[name].hypergradient or ConjugateGradient()
+
+    # --- deriving it -------------------------------------------------------------------------------------------
+
+    def _sorted(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(names, key=self._position.__getitem__))
+
+    def _find_responses(self, name: str) -> tuple[str, ...]:
+        found: set[str] = set()
+        for d in self.direct(name):
+            if self.kind(name, d) == "response":
+                found |= {d, *self._responses[d]}
+        return self._sorted(found - set(self._problems[name].constants))
+
+    def _find_internal(self, name: str) -> tuple[str, ...]:
+        """Find the members d of R(name) from which `name` can be reached over inputs of response nodes."""
+        found: set[str] = set()
+        candidates = set(self._responses[name])
+        while True:
+            more = {d for d in candidates - found if {name, *found} & set(self._inputs[d])}
+            if not more:
+                return self._sorted(found)
+            found |= more
+
+    def _find_inputs(self, name: str) -> tuple[str, ...]:
+        internal = set(self._internal[name])
+        found = set(self.direct(name)).union(*(self._inputs[d] for d in internal))
+        return self._sorted(found - internal - {name})
+
+    def _find_upper(self, name: str) -> tuple[str, ...]:
+        read = set(self.direct(name)).union(*(self._inputs[d] for d in self._responses[name]))
+        return tuple(q for q in self._sorted(read) if self._position[q] > self._position[name])
+
+    def _find_order(self, name: str, nodes: tuple[str, ...]) -> tuple[str, ...]:
+        order: list[str] = []
+        path: list[str] = []
+
+        def visit(node: str) -> None:
+            if node in order:
+                return
+            if node in path:
+                ring = path[path.index(node) :]
+                raise GraphError(
+                    f"problem {name!r} reads the responses of {_listed(ring)}, each of which takes the other as given: "
+                    "that is a game between them, not a nested problem, and has no order of solution. Let one of them "
+                    f"lead: remove it from the other's constants and let it depend on the other."
+                )
+            path.append(node)
+            for needed in self._inputs[node]:
+                if needed in nodes:
+                    visit(needed)
+            path.pop()
+            order.append(node)
+
+        for node in nodes:
+            visit(node)
+        return tuple(order)
+
+    # --- checking it -------------------------------------------------------------------------------------------
+
+    def _check_names(self, problems: Sequence[Problem]) -> None:
+        repeated = sorted({n for n in self.names if self.names.count(n) > 1})
+        if repeated:
+            raise GraphError(f"problem names must be unique; {_listed(repeated)} given more than once. Rename one.")
+        known = _listed(self.names)
+        for p in problems:
+            for option, names in (("depends_on", p.depends_on.values()), ("constants", p.constants)):
+                for d in names:
+                    if d == p.name:
+                        raise GraphError(
+                            f"problem {p.name!r}, {option}: names itself; expected other problems. Inside its loss use "
+                            "self(...) and self.params."
+                        )
+                    if d not in self._position:
+                        raise GraphError(
+                            f"problem {p.name!r}, {option}: unknown problem {d!r}; the engine holds {known}. Correct "
+                            "the name, or add the problem to the engine."
+                        )
+
+    def _check_leads(self, name: str) -> None:
+        """Raise the error for a response that depends on a problem in between that `name` says nothing about."""
+        reads, given = self._responses[name], self._problems[name].constants
+        for d in reads:
+            for q in self._inputs[d]:
+                if self._position[q] < self._position[name] and q not in reads and q not in given:
+                    raise GraphError(
+                        f"problem {name!r} reads the response of {d!r}, which depends on {q!r}; expected {name!r} to "
+                        f"say how it treats {q!r}. Either it leads {q!r} (depends_on {q!r}: the hypergradient flows "
+                        f"through the response of {q!r}), or it takes its present value as given (constants=({q!r},))."
+                    )
+
+    def _check_connected(self) -> None:
+        if len(self.names) == 1:
+            return
+        linked = {end for reader, dependency, _ in self.edges() for end in (reader, dependency)}
+        for name in self.names:
+            if name not in linked:
+                raise GraphError(
+                    f"problem {name!r} has no edge to any other of the {len(self.names)} problems; expected one in "
+                    "depends_on. Train it by an engine of its own, or let another problem depend on it."
+                )
+
+    def _check_constants(self) -> None:
+        for name, problem in self._problems.items():
+            needed = set(self.direct(name)).union(*(self._inputs[d] for d in self._responses[name]))
+            for q in problem.constants:
+                if self._position[q] > self._position[name]:
+                    raise GraphError(
+                        f"problem {name!r}, constants: {q!r} comes later in the solve order, and a later problem is "
+                        "taken as given anyway; expected earlier ones. Remove it from constants."
+                    )
+                if q not in needed:
+                    raise GraphError(
+                        f"problem {name!r}, constants: {q!r} is neither a dependency of {name!r} nor of a response "
+                        "that it reads; expected only problems that matter to its loss. Remove it from constants."
+                    )
+
+    def _check_methods(self) -> None:
+        for name in self.names:
+            if self.readers(name):
+                self._check_method(name, self.method(name))
+
+    def _check_method(self, name: str, method: HypergradientMethod) -> None:
+        kind = type(method).__name__
+        if not method.carries_gradient:
+            return
+        if method.needs_learning_rate and self._problems[name].optimizer is None:
+            raise missing_learning_rate(method, name)
+        nested = [d for d in self._internal[name] if self.method(d).carries_gradient]
+        if nested and not method.allows_internal_responses:
+            raise GraphError(
+                f"problem {name!r}, hypergradient={kind}: its own loss reads the response of {_listed(nested)}, which "
+                f"depends on {name!r} in turn; {kind} holds that response fixed, which would be wrong, not "
+                "approximate. Use ConjugateGradient, Neumann, Identity or Dense at this problem."
+            )
+        for d in nested:
+            if not self.method(d).differentiable:
+                raise GraphError(
+                    f"problem {d!r}, hypergradient={type(self.method(d)).__name__}: its response stands inside the "
+                    f"loss of {name!r}, whose hypergradient needs a derivative of this method, and it has none. Use "
+                    f"ConjugateGradient, Neumann, Identity or Dense at {d!r}."
+                )
+
+    # --- showing it --------------------------------------------------------------------------------------------
+
+    def edges(self) -> tuple[tuple[str, str, EdgeKind], ...]:
+        """Return (reader, dependency, kind) for every declared dependency, in solve order."""
+        return tuple((name, d, self.kind(name, d)) for name in self.names for d in self.direct(name))
+
+    def __str__(self) -> str:
+        """Return the table of the graph."""
+        header = ("order", "problem", "reads", "method", "parameters", "steps")
+        rows = [header, *(self._row(i, self._problems[name]) for i, name in enumerate(self.names, 1))]
+        widths = [max(len(row[c]) for row in rows) for c in range(len(header))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def _row(self, order: int, p: Problem) -> tuple[str, ...]:
+        reads = ", ".join(f"{d} ({self.kind(p.name, d)})" for d in self.direct(p.name)) or "–"
+        method = type(self.method(p.name)).__name__ if self.readers(p.name) else "–"
+        count = sum(t.numel() for t in p.module.parameters() if t.requires_grad)
+        return str(order), p.name, reads, method, f"{count:,}", str(p.steps)
+
+    def to_mermaid(self) -> str:
+        """Return the graph as Mermaid flowchart: solid arrows for responses, dotted ones for what is given."""
+        lines = ["flowchart BT", *(f'    {name}["{name}"]' for name in self.names)]
+        arrows = {"response": "-->", "constraint": "-.->", "constant": "-.->"}
+        lines += [f"    {d} {arrows[kind]}|{kind}| {name}" for name, d, kind in self.edges()]
+        return "\n".join(lines)
+
+    def to_dot(self) -> str:
+        """Return the graph in Graphviz' DOT: solid arrows for responses, dashed ones for what is given."""
+        lines = ["digraph problems {", "    rankdir=BT;", *(f'    "{name}" [shape=box];' for name in self.names)]
+        styles = {"response": "solid", "constraint": "dashed", "constant": "dotted"}
+        lines += [f'    "{d}" -> "{name}" [label="{kind}", style={styles[kind]}];' for name, d, kind in self.edges()]
+        return "\n".join([*lines, "}"])
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

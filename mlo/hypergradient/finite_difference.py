@@ -1,0 +1,153 @@
+"""The mixed product by central differences of gradients: no second derivative at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mlo.autodiff import gradients
+from mlo.errors import ConfigurationError
+from mlo.hypergradient.base import HypergradientMethod
+from mlo.hypergradient.options import is_number
+from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
+from mlo.stage_function import StageFunction, leaves
+from mlo.status import SolveReport, Status
+from mlo.vectors import Vector, add, norm, rounding_unit, scale
+
+
+@dataclass(frozen=True)
+class FiniteDifference(HypergradientMethod):
+    """c ↦ −[∂L/∂x(θ + εd, x) − ∂L/∂x(θ − εd, x)] / 2ε with d = `scale`·c.
+
+    The inverse Hessian is replaced by `scale`·I as in `Identity`, and the mixed product Gᵀ d is a central
+    difference at the solved weights: exact for a quadratic loss, and of order ε² else. Both sides see the
+    same batch and the same random draws. The user's parameters are never written to; works for modules
+    that have no second derivative.
+
+    Not the same as the second-order formula of the DARTS paper, whose differences are taken at the weights
+    before the step.
+
+    Args:
+        scale: the multiple, or `None` for the learning rate of each parameter group of the stage.
+        epsilon: length of the shift ‖εd‖, in the units of the parameters. `None`: ∛u·max(1, ‖θ‖), with u the
+            rounding unit of the parameters' dtype, which balances the error of the difference with the error
+            of rounding.
+        on_breakdown: see `HypergradientMethod`. Breaks down on non-finite cotangents only.
+
+    Raises:
+        ConfigurationError: an option is out of range; or the stage's own loss contains a response that depends
+            on the stage (which would have to be shifted too), or a stage above needs this method's derivative:
+            then use `ConjugateGradient`, `Neumann` or `Identity`.
+
+    Cost: two forward and two reverse passes, one shifted copy of the stage's parameters at a time, no
+    second-order graph.
+
+    Source: Liu, Simonyan and Yang, "DARTS: differentiable architecture search", ICLR 2019, section 2.3.
+
+    >>> import mlo, torch
+    >>> def loss(w, x):
+    ...     return w**2 - w * x
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> w = mlo.best_response(loss, torch.tensor(1.5), x, mlo.FiniteDifference(scale=0.5))
+    >>> round(torch.autograd.grad(w, x)[0].item(), 4)     # w* = x / 2 and scale = 1 / H
+    0.5
+
+    """
+
+    scale: Scale = None
+    epsilon: float | None = None
+
+    differentiable: ClassVar[bool] = False
+    allows_internal_responses: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if not is_scale(self.scale):
+            raise self.option_error("scale", "a positive number, or None for the stage's learning rate")
+        if self.epsilon is not None and (not is_number(self.epsilon) or self.epsilon <= 0):
+            raise self.option_error("epsilon", "a positive number, or None for a choice by dtype")
+
+    @property
+    def needs_learning_rate(self) -> bool:
+        """Whether the scale is the stage's learning rate."""
+        return self.scale is None
+
+    def pullback(
+        self,
+        stage: StageFunction,
+        cotangents: Sequence[Tensor],
+        solution: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Return the central difference."""
+        with torch.no_grad():
+            result = self._central_difference(stage, cotangents, solution, inputs, needed)
+        if not torch.is_grad_enabled():
+            return result
+        live = [r for r in result if r is not None]
+        guarded = iter(_FirstOrderOnly.apply(stage.name, len(live), *live, *cotangents, *solution, *inputs))  # type: ignore[no-untyped-call]
+        return tuple(None if r is None else next(guarded) for r in result)
+
+    def _central_difference(
+        self,
+        stage: StageFunction,
+        cotangents: Sequence[Tensor],
+        solution: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        direction = scale(scale(cotangents, scale_factors(self, self.scale, stage)), stage.signs)
+        length = norm(direction)
+        status = Status.APPROXIMATE if math.isfinite(length) else Status.NON_FINITE
+        self.settle(stage, SolveReport(stage.name, type(self).__name__, status, 0, None, 0))
+        if length == 0:
+            return (None,) * len(inputs)
+        if not status.ok:
+            return tuple(torch.full_like(x, math.nan) if n else None for x, n in zip(inputs, needed, strict=True))
+        epsilon = self._shift_length(solution) / length
+        x = leaves(inputs, needed)
+        ahead = _input_gradients(stage, add(solution, direction, epsilon), x)
+        behind = _input_gradients(stage, add(solution, direction, -epsilon), x)
+        factor = -1 / (2 * epsilon)
+        return tuple(
+            None if a is None and b is None else (_or_zero(a, t) - _or_zero(b, t)) * factor
+            for a, b, t in zip(ahead, behind, x, strict=True)
+        )
+
+    def _shift_length(self, solution: Sequence[Tensor]) -> float:
+        if self.epsilon is not None:
+            return self.epsilon
+        return float(rounding_unit(solution) ** (1 / 3)) * max(1.0, norm(solution))
+
+
+def _input_gradients(stage: StageFunction, shifted: Vector, x: Vector) -> tuple[Tensor | None, ...]:
+    """Return ∂L/∂x at the shifted solution."""
+    with torch.enable_grad(), stage.evaluation(shifted, x) as evaluate:
+        return gradients([evaluate()], x)
+
+
+def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """The identity on its first tensors, whose derivative is an error instead of silently zero."""
+
+    @staticmethod
+    def forward(ctx: Any, stage: str, count: int, *tensors: Tensor) -> Vector:
+        ctx.stage = stage
+        return tuple(t.clone() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        raise ConfigurationError(
+            f"FiniteDifference at stage {ctx.stage!r} is differentiated again, which central differences of first "
+            "derivatives cannot give. Use ConjugateGradient, Neumann or Identity at this stage."
+        )

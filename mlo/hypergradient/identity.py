@@ -1,0 +1,62 @@
+"""The inverse Hessian replaced by a multiple of the identity."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mlo.hypergradient.implicit import ImplicitMethod, Solution
+from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
+from mlo.linear_system import LinearSystem
+from mlo.status import Status
+from mlo.vectors import norm, scale
+
+
+@dataclass(frozen=True)
+class Identity(ImplicitMethod):
+    """H⁻¹ ≈ `scale`·I, so that c ↦ −scale·Gᵀ c (T1–T2).
+
+    With the inner learning rate η as the scale it is the derivative of the last gradient step (one-step
+    unrolling): θ⁺ = θ − η·∂L/∂θ, ∂θ⁺/∂x = −η·G. It is the first term of the Neumann series, and exact
+    where H = I / scale.
+
+    Args:
+        scale: the multiple, or `None` for the learning rate of each parameter group of the stage.
+        on_breakdown: see `HypergradientMethod`. Breaks down on non-finite cotangents only.
+
+    Raises:
+        ConfigurationError: scale is not positive.
+
+    Cost: no Hessian–vector product, one mixed product (one forward and two reverse passes).
+
+    Source: Luketina et al., "Scalable gradient-based tuning of continuous regularization
+    hyperparameters", ICML 2016.
+
+    >>> import mlo, torch
+    >>> def loss(w, x):                                   # w*(x) = x / 2 and H = 2
+    ...     return w**2 - w * x
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> w = mlo.best_response(loss, torch.tensor(1.5), x, mlo.Identity(scale=0.5))
+    >>> torch.autograd.grad(w, x)[0].item()               # exact, since scale = 1 / H
+    0.5
+
+    """
+
+    scale: Scale = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if not is_scale(self.scale):
+            raise self.option_error("scale", "a positive number, or None for the stage's learning rate")
+
+    @property
+    def needs_learning_rate(self) -> bool:
+        """Whether the scale is the stage's learning rate."""
+        return self.scale is None
+
+    def solve(self, system: LinearSystem) -> Solution:
+        """Return scale·c."""
+        adjoint = scale(system.rhs, scale_factors(self, self.scale, system))
+        status = Status.APPROXIMATE if math.isfinite(norm(adjoint)) else Status.NON_FINITE
+        return Solution(adjoint, status, iterations=0, relative_residual=None)

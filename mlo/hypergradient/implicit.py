@@ -1,0 +1,149 @@
+"""The implicit function theorem with a pluggable inverse, differentiable any number of times."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mlo.autodiff import Point, Stationarity, evaluate_isolated, filled, gradients
+from mlo.hypergradient.base import HypergradientMethod
+from mlo.linear_system import LinearSystem
+from mlo.stage_function import StageFunction, leaves
+from mlo.status import SolveReport, Status
+from mlo.vectors import Vector
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver returns.
+
+    Attributes:
+        vector: λ, one tensor for each of `system.rhs`.
+        status: how the solve ended.
+        iterations: steps of the solver.
+        relative_residual: ‖c − Hλ‖ / ‖c‖, or `None` where it is not formed.
+
+    """
+
+    vector: Vector
+    status: Status
+    iterations: int
+    relative_residual: float | None
+
+
+@dataclass(frozen=True)
+class ImplicitMethod(HypergradientMethod):
+    """A method that solves Hᵀ λ = c and returns −Gᵀ λ, with products by double backward.
+
+    A subclass implements `solve`, and nothing else. The graph of the stage's gradient is built once for
+    all products of a solve.
+
+    When the result is differentiated in its turn (a stage above whose loss contains this response), the
+    derivative of λ = H⁻ᵀ c is λ' = H⁻ᵀ (c' − H'ᵀ λ): another solve by the same method, with the
+    transposed operator. It is the derivative of the *exact* solution; for a truncated solve that is a
+    convention, exact at convergence.
+    """
+
+    #: Whether the solver takes H for symmetric; it then never sees the transposed operator.
+    assumes_symmetric: ClassVar[bool] = False
+
+    @abstractmethod
+    def solve(self, system: LinearSystem) -> Solution:
+        """Return λ with Hᵀ λ ≈ c, from `system.rhs` and `system.product`."""
+
+    def pullback(
+        self,
+        stage: StageFunction,
+        cotangents: Sequence[Tensor],
+        solution: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Return −Gᵀ H⁻ᵀ c."""
+        if torch.is_grad_enabled():
+            return self._differentiable_pullback(stage, cotangents, solution, inputs)
+        theta, x = leaves(solution), leaves(inputs, needed)
+        with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
+            system = LinearSystem(stage, evaluate, theta, cotangents, warm_start_key=stage.name)
+            adjoint = self.solve_and_settle(stage, system)
+            mixed = gradients(system.gradient, x, system.all_parameters(adjoint))
+        return tuple(None if m is None else -m for m in mixed)
+
+    def _differentiable_pullback(
+        self, stage: StageFunction, cotangents: Sequence[Tensor], solution: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        point = Point(stage, len(solution), len(inputs))
+        adjoint = _Solve.apply(self, point, False, *solution, *inputs, *cotangents)  # type: ignore[no-untyped-call]
+        mixed = evaluate_isolated(_mixed_product, point, *solution, *inputs, *adjoint)
+        return tuple(-m for m in mixed)
+
+    def solve_and_settle(self, stage: StageFunction, system: LinearSystem) -> Vector:
+        """Solve, record the report, apply the policy and keep λ for a warm start."""
+        with torch.no_grad():
+            result = self.solve(system)
+        report = SolveReport(
+            stage=stage.name,
+            method=type(self).__name__,
+            status=result.status,
+            iterations=result.iterations,
+            relative_residual=result.relative_residual,
+            products=system.products,
+        )
+        self.settle(stage, report)
+        if self.keeps_solutions and result.status.ok:
+            system.keep(result.vector)
+        return result.vector
+
+
+class _Solve(torch.autograd.Function):
+    """λ(c, θ, x) = H⁻ᵀ c as an autograd node (H⁻¹ c where `transposed`)."""
+
+    @staticmethod
+    def forward(ctx: Any, method: ImplicitMethod, point: Point, transposed: bool, *tensors: Tensor) -> Vector:
+        solution, inputs, cotangents = point.split(tensors)
+        theta, x = leaves(solution), leaves(inputs, False)
+        with torch.enable_grad(), point.stage.evaluation(theta, x) as evaluate:
+            system = LinearSystem(
+                point.stage,
+                evaluate,
+                theta,
+                cotangents,
+                transposed=transposed and not method.assumes_symmetric,
+                # Solves for derivatives have right-hand sides of their own: nothing to start from.
+                warm_start_key=None if transposed else point.stage.name,
+            )
+            adjoint = system.all_parameters(method.solve_and_settle(point.stage, system))
+        ctx.method, ctx.point, ctx.transposed = method, point, transposed
+        ctx.save_for_backward(*solution, *inputs, *adjoint)
+        return adjoint
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        method, point = ctx.method, ctx.point
+        solution, inputs, adjoint = point.split(ctx.saved_tensors)
+        mu = _Solve.apply(method, point, not ctx.transposed, *solution, *inputs, *cotangents)  # type: ignore[no-untyped-call]
+        left, right = (mu, adjoint) if ctx.transposed else (adjoint, mu)
+        changes = evaluate_isolated(_bilinear_gradient, point, *solution, *inputs, *left, *right)
+        return None, None, None, *(-t for t in changes), *mu
+
+
+def _mixed_product(
+    stationarity: Stationarity, _: Vector, inputs: Vector, adjoint: Vector, create_graph: bool
+) -> Vector:
+    """Return Gᵀ λ."""
+    return filled(gradients(stationarity(), inputs, adjoint, create_graph=create_graph), inputs)
+
+
+def _bilinear_gradient(
+    stationarity: Stationarity, solution: Vector, inputs: Vector, pair: Vector, create_graph: bool
+) -> Vector:
+    """Return ∂(leftᵀ H right)/∂(θ, x) for constant `left` and `right`."""
+    left, right = pair[: len(solution)], pair[len(solution) :]
+    at = (*solution, *inputs)
+    product = gradients(stationarity(), solution, left, create_graph=True)
+    return filled(gradients(product, at, right, create_graph=create_graph), at)

@@ -1,0 +1,36 @@
+"""The scale of the methods that take the stage's learning rate for it."""
+
+from __future__ import annotations
+
+from mlo.errors import ConfigurationError
+from mlo.hypergradient.base import HypergradientMethod
+from mlo.hypergradient.options import is_number
+from mlo.linear_system import LinearSystem
+from mlo.stage_function import StageFunction
+
+Scale = float | None
+
+
+def is_scale(value: object) -> bool:
+    """Whether `value` is a positive number, or `None` for the learning rate."""
+    return value is None or (is_number(value) and value > 0)  # type: ignore[operator]
+
+
+def scale_factors(
+    method: HypergradientMethod, scale: Scale, system: LinearSystem | StageFunction
+) -> float | tuple[float, ...]:
+    """Return `scale`, or where it is `None` the learning rate of each tensor."""
+    if scale is not None:
+        return scale
+    if system.learning_rates is None:
+        raise missing_learning_rate(method, system.name)
+    return system.learning_rates
+
+
+def missing_learning_rate(method: HypergradientMethod, stage: str) -> ConfigurationError:
+    """Return the error for a method that needs the learning rate of a stage that has none."""
+    name = type(method).__name__
+    return ConfigurationError(
+        f"{name} at stage {stage!r} takes the stage's learning rate for its scale, but the stage has no optimizer. "
+        f"Give the stage an optimizer, or the scale itself: {name}(scale=0.1)."
+    )

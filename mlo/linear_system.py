@@ -1,0 +1,96 @@
+"""The linear system of a stage's implicit function theorem, as the solvers see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mlo.autodiff import filled, gradients
+from mlo.stage_function import StageFunction
+from mlo.vectors import Vector, zeros_like
+
+
+class LinearSystem:
+    """Hᵀ λ = c (or H λ = c) with H = ∂g/∂θ and g the stationarity equation of a stage.
+
+    The loss is evaluated once and its graph is kept for all products. Parameters
+    that the loss does not reach are left out: `rhs`, `product` and a solution hold one tensor for each
+    parameter that takes part.
+
+    Attributes:
+        name: the stage's name.
+        products: how many Hessian–vector products have been formed.
+        gradient: g at the solution, as a differentiable function; `None` for parameters that the loss does not
+            reach.
+
+    """
+
+    def __init__(
+        self,
+        stage: StageFunction,
+        evaluate: Callable[[], Tensor],
+        solution: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        *,
+        transposed: bool = False,
+        warm_start_key: str | None = None,
+    ) -> None:
+        """Set up the system at a solution that is bound already; `transposed` asks for H instead of Hᵀ."""
+        self.name = stage.name
+        self.products = 0
+        self._stage, self._solution = stage, tuple(solution)
+        self._cotangents = tuple(cotangents)
+        self._transposed = transposed
+        self._warm_start_key = warm_start_key
+        self.gradient = stage.gradient(evaluate(), self._solution)
+        self._probe: tuple[Vector, Vector] | None = None
+
+    @property
+    def rhs(self) -> Vector:
+        """The right-hand side c."""
+        return self._taking_part(self._cotangents)
+
+    @property
+    def learning_rates(self) -> tuple[float, ...] | None:
+        """The optimizer's learning rate for each tensor, or `None` without an optimizer."""
+        rates = self._stage.learning_rates
+        return None if rates is None else tuple(r for r, g in zip(rates, self.gradient, strict=True) if g is not None)
+
+    @property
+    def last_solution(self) -> Vector | None:
+        """The solution of the same system at the step before, or `None`; what a warm start begins from."""
+        store, key = self._stage.warm_starts, self._warm_start_key
+        if store is None or key is None or key not in store:
+            return None
+        kept = self._taking_part(store[key])
+        fits = all(a.shape == b.shape for a, b in zip(kept, self.rhs, strict=True))
+        return kept if fits else None
+
+    def keep(self, solution: Sequence[Tensor]) -> None:
+        """Keep a solution for the warm start of the next step (nothing happens where none can follow)."""
+        if self._stage.warm_starts is not None and self._warm_start_key is not None:
+            self._stage.warm_starts[self._warm_start_key] = self.all_parameters(solution)
+
+    def product(self, vector: Sequence[Tensor]) -> Vector:
+        """Return Hᵀ·vector (H·vector if the system is the transposed one). Cost: one reverse pass."""
+        self.products += 1
+        at, g = self._taking_part(self._solution), self._taking_part(self.gradient)
+        if not self._transposed:
+            return filled(gradients(g, at, tuple(vector), retain_graph=True), at)
+        if self._probe is None:
+            # H·v is the derivative of Hᵀ·w in w, which is linear: any w will do.
+            w = tuple(torch.zeros_like(t, requires_grad=True) for t in at)
+            self._probe = w, filled(gradients(g, at, w, create_graph=True, retain_graph=True), at)
+        w, transposed_product = self._probe
+        return filled(gradients(transposed_product, w, tuple(vector), retain_graph=True), at)
+
+    def all_parameters(self, vector: Sequence[Tensor]) -> Vector:
+        """Return `vector` with zeros for the parameters that take no part."""
+        given = iter(vector)
+        zero = zeros_like(self._solution)
+        return tuple(z if g is None else next(given) for g, z in zip(self.gradient, zero, strict=True))
+
+    def _taking_part(self, tensors: Sequence[Tensor | None]) -> Vector:
+        return tuple(t for t, g in zip(tensors, self.gradient, strict=True) if g is not None and t is not None)

@@ -1,0 +1,84 @@
+"""What a torch optimizer says about the stationary point that it moves to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import optim
+
+from mlo.errors import MloWarning
+
+# Optimizers of torch whose weight_decay is added to the gradient (L2), unless a group says that it is decoupled.
+_L2_DECAY = (
+    optim.ASGD,
+    optim.Adadelta,
+    optim.Adagrad,
+    optim.Adam,
+    optim.Adamax,
+    optim.NAdam,
+    optim.RAdam,
+    optim.RMSprop,
+    optim.SGD,
+)
+_DECOUPLED_DECAY = tuple(getattr(optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(optim, name))
+
+
+class OptimizerFacts:
+    """The learning rate, L2 decay and direction of an optimizer for each of some parameters.
+
+    They are read from the parameter groups at each call, since schedulers change them.
+
+    An L2 penalty that the optimizer adds to the gradient belongs to the loss that it minimises. Decoupled
+    decay (AdamW) moves to a point that is stationary for no loss: the loss without it is taken instead.
+    """
+
+    def __init__(self, optimizer: optim.Optimizer | None, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Find each parameter's group."""
+        self._optimizer = optimizer
+        self._count = len(parameters)
+        self._adds_decay = isinstance(optimizer, _L2_DECAY) and not isinstance(optimizer, _DECOUPLED_DECAY)
+        self._index: list[int] = []
+        if optimizer is not None:
+            index = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+            self._index = [index[id(p)] for p in parameters]
+
+    def _groups(self, optimizer: optim.Optimizer) -> list[dict[str, Any]]:
+        # By index: load_state_dict makes new group dictionaries.
+        return [optimizer.param_groups[i] for i in self._index]
+
+    @property
+    def learning_rates(self) -> tuple[float, ...] | None:
+        """The learning rate of each parameter, or `None` without an optimizer."""
+        return None if self._optimizer is None else tuple(float(g["lr"]) for g in self._groups(self._optimizer))
+
+    @property
+    def weight_decays(self) -> tuple[float, ...]:
+        """The coefficient of the L2 penalty for each parameter."""
+        if self._optimizer is None or not self._adds_decay:
+            return (0.0,) * self._count
+        groups = self._groups(self._optimizer)
+        return tuple(0.0 if g.get("decoupled_weight_decay") else float(g.get("weight_decay", 0.0)) for g in groups)
+
+    @property
+    def signs(self) -> tuple[float, ...]:
+        """−1 for each parameter along which the loss is maximised, else 1."""
+        if self._optimizer is None:
+            return (1.0,) * self._count
+        return tuple(-1.0 if g.get("maximize") else 1.0 for g in self._groups(self._optimizer))
+
+
+def warn_of_unknown_decay(problem: str, optimizer: optim.Optimizer | None) -> None:
+    """Warn of a weight decay of which it is not known whether it belongs to the loss."""
+    if optimizer is None or isinstance(optimizer, (*_L2_DECAY, *_DECOUPLED_DECAY)):
+        return
+    if any(group.get("weight_decay") for group in optimizer.param_groups):
+        warnings.warn(
+            f"problem {problem!r}: {type(optimizer).__name__} is no optimizer of torch, so it is not known whether its "
+            "weight_decay is an L2 penalty; hypergradients take the loss without it. If it is one, set weight_decay to "
+            "0 and add the penalty to the loss.",
+            MloWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,351 @@
+"""`Problem`: one learning stage, and the views that its loss has of the problems it depends on."""
+
+from __future__ import annotations
+
+import keyword
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlo.errors import ConfigurationError, DependencyError
+from mlo.frame import Frame, Parameters
+from mlo.hypergradient import HypergradientMethod
+from mlo.hypergradient.options import is_count, is_number
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
+class Problem(ABC):
+    """One learning stage: minimise `training_step` over the parameters of `module`.
+
+    A subclass implements `training_step`. In there `self(...)` runs the module, `self.params` maps the
+    names of its parameters to tensors, and `self.deps.<role>` is a view of another problem with the same
+    two. All of them see the tensors that the engine has bound for the evaluation at hand: the parameters
+    themselves while the stage trains, differentiable responses when an upper problem is differentiated,
+    shifted ones inside a hypergradient method. User code need not know.
+
+    Args:
+        name: a Python identifier, unique in the engine.
+        module: holds the stage's parameters. Those with `requires_grad` are optimized (those that the
+            optimizer holds, if there is one); the others are constants.
+        optimizer: any `torch.optim.Optimizer` over parameters of `module`. It is used as it is, never rebuilt.
+            Without one the problem can be differentiated, but takes no steps.
+        data: a re-iterable of batches (a `DataLoader`, a list), run through again and again. A batch reaches
+            `training_step` as the data gave it. `None`: `training_step(None)`.
+        depends_on: the problems that the loss reads: a sequence of names, or a mapping from the role under
+            which the loss uses one to its name.
+        steps: optimizer steps each time that the stage is solved (for a root: per engine step).
+        hypergradient: the method by which gradients pass through this stage's solution to the problems that
+            it depends on. `None`: `mlo.ConjugateGradient()`.
+        scheduler: a learning-rate scheduler of `optimizer`, stepped after each optimizer step;
+            `ReduceLROnPlateau` is stepped at validation with the value of `validation_step`.
+        grad_clip: upper limit of the gradient's norm; larger gradients are scaled down to it.
+        accumulate: number of batches whose mean loss makes one step.
+        constants: names of earlier problems whose present value is taken as given, where a response that is
+            read depends on them (see `mlo.Engine`).
+        warmup: number of engine steps in which the problem takes no steps, while those below it train.
+
+    Raises:
+        ConfigurationError: an argument is of a wrong kind or out of range.
+
+    A subclass may set attributes of its own and override the constructor. Reserved names: the arguments
+    above, `params`, `deps`, `training_step`, `validation_step`.
+
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        data: Iterable[Any] | None = None,
+        depends_on: Sequence[str] | Mapping[str, str] = (),
+        steps: int = 1,
+        hypergradient: HypergradientMethod | None = None,
+        scheduler: Any = None,
+        grad_clip: float | None = None,
+        accumulate: int = 1,
+        constants: Sequence[str] = (),
+        warmup: int = 0,
+    ) -> None:
+        """Check and keep the definition of the problem."""
+        self.name = _checked_name(name)
+        self.module = self._checked_module(module)
+        self.optimizer = self._checked_optimizer(optimizer)
+        self.data = self._checked_data(data)
+        self.depends_on: Mapping[str, str] = MappingProxyType(self._checked_roles(depends_on))
+        self.constants = self._checked_names("constants", constants)
+        self.steps = self._checked_count("steps", steps, 1)
+        self.accumulate = self._checked_count("accumulate", accumulate, 1)
+        self.warmup = self._checked_count("warmup", warmup, 0)
+        self.hypergradient = self._checked_method(hypergradient)
+        self.scheduler = self._checked_scheduler(scheduler)
+        self.grad_clip = self._checked_clip(grad_clip)
+
+    #: Set by the engine for the span of an evaluation.
+    _frame: Frame | None = None
+    #: All problems of the engine that this one is part of.
+    _known: Mapping[str, Problem] = MappingProxyType({})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse subclasses that would hide what the engine relies on."""
+        super().__init_subclass__(**kwargs)
+        for reserved in ("params", "deps", "__call__"):
+            if reserved in cls.__dict__:
+                raise ConfigurationError(
+                    f"{cls.__name__}.{reserved}: this name is reserved by mlo.Problem; choose another one."
+                )
+
+    @abstractmethod
+    def training_step(self, batch: Any) -> Tensor | Mapping[str, Any]:
+        """Return the loss: a scalar tensor, or a dict with `"loss"` and numbers to log under other keys."""
+
+    def validation_step(self) -> float | Tensor | Mapping[str, Any] | None:
+        """Return a metric, a dict of them, or `None`; called at validation, in evaluation mode without gradients.
+
+        A `ReduceLROnPlateau` scheduler gets the metric, or the entry `"loss"` of the dict.
+        """
+        return None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module with the parameters of the evaluation at hand."""
+        return self.module(*args, **kwargs)
+
+    @property
+    def params(self) -> Parameters:
+        """The parameters of the evaluation at hand by name, frozen ones included."""
+        if self._frame is not None:
+            return self._frame.parameters(self.name)
+        return Parameters(self.name, dict(self.module.named_parameters()))
+
+    @property
+    def deps(self) -> Dependencies:
+        """Views of the problems that this one depends on, by role."""
+        return Dependencies(self)
+
+    def __repr__(self) -> str:
+        """Return the class and the name."""
+        return f"{type(self).__name__}({self.name!r})"
+
+    def error(self, option: str, expected: str, got: object) -> ConfigurationError:
+        """Return the error for an argument that is not what it should be."""
+        return ConfigurationError(f"problem {self.name!r}, {option}: expected {expected}; got {got}.")
+
+    def _checked_module(self, module: object) -> nn.Module:
+        if not isinstance(module, nn.Module):
+            hint = "; wrap a bare tensor, e.g. in torch.nn.ParameterDict" if isinstance(module, Tensor) else ""
+            raise self.error("module", f"a torch.nn.Module{hint}", type(module).__name__)
+        for part in module.modules():
+            if type(part).__name__ in _WRAPPERS:
+                raise self.error(
+                    "module",
+                    "the bare module (hypergradients bypass the hooks by which a wrapper synchronises): pass "
+                    "wrapper.module, and average the gradients over processes yourself",
+                    type(part).__name__,
+                )
+            if isinstance(part, torch.jit.ScriptModule):
+                raise self.error("module", "an eager module, whose parameters can be bound", type(part).__name__)
+        named = dict(module.named_parameters())
+        for name, parameter in named.items():
+            if nn.parameter.is_lazy(parameter):
+                raise self.error("module", "initialised parameters: run the module once before", f"lazy {name!r}")
+            if parameter.is_complex():
+                raise self.error("module", "real parameters", f"complex {name!r}")
+        if not any(p.requires_grad for p in named.values()):
+            got = "only frozen ones" if named else "none"
+            raise self.error("module", "at least one parameter with requires_grad", got)
+        return module
+
+    def _checked_optimizer(self, optimizer: object) -> torch.optim.Optimizer | None:
+        if optimizer is None:
+            return None
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise self.error(
+                "optimizer", "a torch.optim.Optimizer such as SGD(module.parameters(), lr=0.1)", repr(optimizer)
+            )
+        own = {id(p): p for p in self.module.parameters()}
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        foreign = sum(id(p) not in own for p in held)
+        if foreign:
+            raise self.error(
+                "optimizer",
+                "parameters of the problem's module only (build it from module.parameters(), after moving the module)",
+                f"{foreign} of {len(held)} that are not in the module",
+            )
+        if not any(p.requires_grad for p in held):
+            raise self.error("optimizer", "at least one parameter with requires_grad", "only frozen ones")
+        return optimizer
+
+    def _checked_data(self, data: object) -> Iterable[Any] | None:
+        if data is None:
+            return None
+        expected = "a re-iterable of batches such as a DataLoader or a list"
+        if isinstance(data, Iterator):
+            raise self.error(
+                "data", f"{expected}, which can be run through again", f"{type(data).__name__}, which cannot"
+            )
+        if isinstance(data, Tensor | str | bytes | Mapping) or type(data).__module__ == "numpy":
+            raise self.error("data", f"{expected}; for one batch used in every step pass [batch]", type(data).__name__)
+        if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+            raise self.error("data", expected, type(data).__name__)
+        if hasattr(data, "__len__") and len(data) == 0:
+            raise self.error("data", "at least one batch", "empty data (drop_last with a batch larger than the data?)")
+        return data  # type: ignore[return-value]
+
+    def _checked_roles(self, depends_on: object) -> dict[str, str]:
+        if isinstance(depends_on, Mapping):
+            roles = dict(depends_on)
+            for role in roles:
+                _checked_name(role, f"problem {self.name!r}, depends_on: role")
+            self._checked_names("depends_on", list(dict.fromkeys(roles.values())))
+            return roles
+        return {name: name for name in self._checked_names("depends_on", depends_on)}
+
+    def _checked_names(self, option: str, names: object) -> tuple[str, ...]:
+        expected = "a sequence of problem names" + (" or a mapping role → name" if option == "depends_on" else "")
+        if isinstance(names, str):
+            raise self.error(option, f"{expected}, e.g. ({names!r},)", f"the string {names!r}")
+        if not isinstance(names, Iterable):
+            raise self.error(option, expected, repr(names))
+        given = tuple(names)
+        for name in given:
+            if isinstance(name, Problem):
+                raise self.error(option, f"names, e.g. {name.name!r}", f"the problem {name.name!r} itself")
+            _checked_name(name, f"problem {self.name!r}, {option}: name")
+        repeated = sorted({n for n in given if given.count(n) > 1})
+        if repeated:
+            raise self.error(option, "each name once", f"{', '.join(repeated)} more than once")
+        return given
+
+    def _checked_count(self, option: str, value: object, least: int) -> int:
+        if not is_count(value) and not (least == 0 and value == 0 and not isinstance(value, bool)):
+            raise self.error(option, f"an integer of at least {least}", repr(value))
+        return int(value)  # type: ignore[call-overload, no-any-return]
+
+    def _checked_method(self, method: object) -> HypergradientMethod | None:
+        if method is not None and not isinstance(method, HypergradientMethod):
+            hint = f"; write {method.__name__}()" if isinstance(method, type) else ""
+            raise self.error("hypergradient", f"a method such as mlo.FiniteDifference(){hint}", repr(method))
+        return method
+
+    def _checked_scheduler(self, scheduler: Any) -> Any:
+        if scheduler is None:
+            return None
+        if self.optimizer is None:
+            raise self.error("scheduler", "none without an optimizer", type(scheduler).__name__)
+        if not callable(getattr(scheduler, "step", None)):
+            raise self.error("scheduler", "a scheduler of torch.optim.lr_scheduler", repr(scheduler))
+        if getattr(scheduler, "optimizer", self.optimizer) is not self.optimizer:
+            raise self.error("scheduler", "a scheduler of this problem's own optimizer", "one of another optimizer")
+        plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        if plateau and type(self).validation_step is Problem.validation_step:
+            raise self.error(
+                "scheduler", "a validation_step that returns the metric for ReduceLROnPlateau", "no validation_step"
+            )
+        return scheduler
+
+    def _checked_clip(self, clip: object) -> float | None:
+        if clip is None:
+            return None
+        if not is_number(clip) or clip <= 0:  # type: ignore[operator]
+            raise self.error("grad_clip", "a positive number or None", repr(clip))
+        return float(clip)  # type: ignore[arg-type]
+
+
+class Dependencies:
+    """Views of the problems that one problem depends on: `deps.role` or `deps["role"]`."""
+
+    __slots__ = ("_problem",)
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    def __getattr__(self, role: str) -> DependencyView:
+        """Return the view of the problem in this role."""
+        return self[role]
+
+    def __getitem__(self, role: str) -> DependencyView:
+        """Return the view of the problem in this role."""
+        problem = self._problem
+        name = problem.depends_on.get(role)
+        if name is None:
+            declared = ", ".join(map(repr, problem.depends_on)) or "none"
+            raise DependencyError(
+                f"problem {problem.name!r} reaches for the dependency {role!r}, which it does not declare; declared: "
+                f"{declared}. Add it to depends_on=."
+            )
+        other = problem._known.get(name)
+        if other is None:
+            raise DependencyError(
+                f"problem {problem.name!r} reaches for its dependency {role!r} before it is part of an engine; build "
+                "mlo.Engine with all problems first."
+            )
+        if problem._frame is None:
+            current = {n: p.detach() for n, p in other.module.named_parameters()}
+            return DependencyView(name, other.module, Parameters(name, current))
+        problem._frame.note_use(name)
+        return DependencyView(name, other.module, problem._frame.parameters(name))
+
+    def __contains__(self, role: object) -> bool:
+        """Whether a role is declared."""
+        return role in self._problem.depends_on
+
+    def __iter__(self) -> Iterator[str]:
+        """Run over the declared roles."""
+        return iter(self._problem.depends_on)
+
+    def __len__(self) -> int:
+        """Return the number of declared roles."""
+        return len(self._problem.depends_on)
+
+    def __repr__(self) -> str:
+        """Return the roles and the names."""
+        return f"Dependencies({dict(self._problem.depends_on)})"
+
+
+class DependencyView:
+    """A read-only view of another problem, as the evaluation at hand sees it.
+
+    Attributes:
+        name: the problem's name.
+        params: its parameters by name, frozen ones included.
+        module: its module, running with these parameters.
+
+    """
+
+    __slots__ = ("module", "name", "params")
+
+    def __init__(self, name: str, module: nn.Module, params: Parameters) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "module", module)
+        object.__setattr__(self, "params", params)
+
+    name: str
+    module: nn.Module
+    params: Parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the problem's module with the parameters of the evaluation at hand."""
+        return self.module(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse: a view is read-only."""
+        raise DependencyError(f"the view of problem {self.name!r} is read-only; {name!r} cannot be set.")
+
+    def __repr__(self) -> str:
+        """Return the name."""
+        return f"DependencyView({self.name!r})"
+
+
+def _checked_name(name: object, what: str = "Problem(name=…)") -> str:
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name.startswith("__"):
+        raise ConfigurationError(
+            f"{what}: expected a Python identifier such as 'stage_1', so that self.deps.<name> can be written; "
+            f"got {name!r}."
+        )
+    return name

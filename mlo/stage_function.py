@@ -1,0 +1,80 @@
+"""What a response node needs to know of its stage: how to evaluate its loss at any point."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from mlo.losses import unreached
+from mlo.status import SolveReport
+from mlo.vectors import Vector
+
+
+class StageFunction(ABC):
+    """One stage's loss L(θ, x) as a function of its solution θ and of its inputs x.
+
+    The function is the same at every evaluation: same batches, same random draws, buffers untouched.
+    θ and x are sequences of tensors, one per parameter.
+
+    Attributes:
+        name: the stage's name, for reports.
+        title: how errors name its loss.
+        learning_rates: one per tensor of θ, or `None` where there is no optimizer.
+        weight_decays: the L2 penalty that the optimizer itself adds, one coefficient per tensor of θ: the
+            stationary point is the one of L + Σ ½·decay·‖θᵢ‖².
+        signs: −1 for each tensor of θ along which the optimizer maximises the loss, else 1.
+        warm_starts: where solvers keep their last solution; `None` where nothing outlives the node.
+
+    """
+
+    name: str
+    title: str
+    learning_rates: tuple[float, ...] | None
+    weight_decays: tuple[float, ...]
+    signs: tuple[float, ...]
+    warm_starts: MutableMapping[str, Vector] | None = None
+
+    @abstractmethod
+    def evaluation(
+        self, solution: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> AbstractContextManager[Callable[[], Tensor]]:
+        """Bind the two points for a span and hand out the function that evaluates the loss there.
+
+        Backward passes through the loss must run inside the span too: activation checkpointing runs the
+        forward pass again during the backward pass.
+        """
+
+    @abstractmethod
+    def record(self, report: SolveReport) -> None:
+        """Take note of a solve."""
+
+    def gradient(self, loss: Tensor, solution: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Return g = ∂(±L + Σ ½·decay·‖θᵢ‖²)/∂θ as a differentiable function, `None` where L does not reach.
+
+        At the stage's solution g = 0: it is the equation that the implicit function theorem is applied to.
+        Parameters that the loss does not reach take no part in it.
+        """
+        gradients: tuple[Tensor | None, ...] = (None,)
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, tuple(solution), create_graph=True, allow_unused=True)
+        if all(g is None for g in gradients):
+            raise unreached(self.title)
+        return tuple(
+            None if g is None else _stationarity(g, theta, decay, sign)
+            for g, theta, decay, sign in zip(gradients, solution, self.weight_decays, self.signs, strict=True)
+        )
+
+
+def _stationarity(gradient: Tensor, theta: Tensor, decay: float, sign: float) -> Tensor:
+    signed = -gradient if sign < 0 else gradient
+    return signed + decay * theta if decay else signed
+
+
+def leaves(tensors: Sequence[Tensor], requires_grad: bool | Sequence[bool] = True) -> Vector:
+    """Return fresh leaves that share storage with `tensors`: gradients with respect to them are partial ones."""
+    flags = [requires_grad] * len(tensors) if isinstance(requires_grad, bool) else requires_grad
+    return tuple(t.detach().requires_grad_(flag) for t, flag in zip(tensors, flags, strict=True))

@@ -1,0 +1,104 @@
+"""One optimizer step of one problem, which leaves everything as it was if it fails."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mlo.errors import LossError
+from mlo.evaluation import TotalGradient
+from mlo.member import Member
+from mlo.vectors import norm
+
+
+def take_step(member: Member, gradient: Callable[[], TotalGradient]) -> tuple[TotalGradient, float]:
+    """Let the problem's optimizer take one step; return the evaluation behind it and the gradient's norm.
+
+    `gradient` puts the total gradient into `.grad` of the problem's parameters, which is cleared before. An
+    exception in it, or a gradient that is not finite, leaves parameters and `.grad` as they were.
+    """
+    problem = member.problem
+    assert problem.optimizer is not None
+
+    def evaluate() -> tuple[TotalGradient, float]:
+        for p in member.trainable:
+            p.grad = None
+        total = gradient()
+        return total, _clipped_norm(member)
+
+    with _gradients_restored_on_error(member.trainable):
+        if isinstance(problem.optimizer, torch.optim.LBFGS):
+            return _step_with_closure(member, evaluate)
+        result = evaluate()
+    problem.optimizer.step()
+    _step_scheduler(member)
+    return result
+
+
+def _step_with_closure(
+    member: Member, evaluate: Callable[[], tuple[TotalGradient, float]]
+) -> tuple[TotalGradient, float]:
+    """Take a step of an optimizer that evaluates the loss several times, the first time before it moves."""
+    optimizer = member.problem.optimizer
+    assert optimizer is not None
+    parameters = [p.detach().clone() for p in member.trainable]
+    state = copy.deepcopy(optimizer.state_dict())
+    first: list[tuple[TotalGradient, float]] = []
+
+    def closure() -> float:
+        result = evaluate()
+        first.append(result)
+        return result[0].loss
+
+    try:
+        optimizer.step(closure)
+    except BaseException:
+        with torch.no_grad():
+            for p, kept in zip(member.trainable, parameters, strict=True):
+                p.copy_(kept)
+        optimizer.load_state_dict(state)
+        raise
+    _step_scheduler(member)
+    return first[0]
+
+
+def _step_scheduler(member: Member) -> None:
+    scheduler = member.problem.scheduler
+    if scheduler is not None and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        scheduler.step()
+
+
+def _clipped_norm(member: Member) -> float:
+    """Return the norm of the gradient, and clip the gradient if the problem wants it."""
+    limit, parameters = member.problem.grad_clip, member.trainable
+    size = norm([p.grad for p in parameters if p.grad is not None])
+    if not math.isfinite(size):
+        bad = [
+            n
+            for n, p in zip(member.names, parameters, strict=True)
+            if p.grad is not None and not math.isfinite(norm([p.grad]))
+        ]
+        raise LossError(
+            f"problem {member.name!r}: the gradient of its loss is not finite in the parameters {', '.join(bad)} while "
+            "the loss is; expected finite numbers, and no step was taken. Look for square roots, logarithms or "
+            "quotients at 0 in the loss, and at the solver reports of the stages below."
+        )
+    if limit is not None:
+        nn.utils.clip_grad_norm_(parameters, limit)
+    return size
+
+
+@contextmanager
+def _gradients_restored_on_error(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    before = [p.grad for p in parameters]
+    try:
+        yield
+    except BaseException:
+        for p, kept in zip(parameters, before, strict=True):
+            p.grad = kept
+        raise
