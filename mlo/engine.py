@@ -283,7 +283,7 @@ class Engine:
             accumulate_total_gradient(evaluation, member, own, [b for b, _ in used], [s for _, s in used])
         return {
             n: torch.zeros_like(p) if t.grad is None else t.grad
-            for n, p, t in zip(member.names, member.trainable, own, strict=True)
+            for n, p, t in zip(member.names.trainable, member.trainable, own, strict=True)
         }
 
     # --- checks ------------------------------------------------------------------------------------------------

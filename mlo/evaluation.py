@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from mlo.ambient import Autocast
 from mlo.autodiff import gradients
 from mlo.errors import EvaluationError, LossError
-from mlo.frame import Frame, unchanged_in_place
+from mlo.frame import Frame
 from mlo.graph import ProblemGraph
 from mlo.losses import checked_loss, unreached, without_graph
 from mlo.member import Member, MicroBatch
@@ -26,6 +26,73 @@ from mlo.vectors import Vector
 # How often a loss that has not drawn from Python's or NumPy's generator so far is looked at again: taking
 # their state costs about as much as ten small tensor operations.
 _HOST_CHECK_PERIOD = 16
+
+
+class Binding:
+    """The span of one evaluation: the loss of `member` sees `values` for itself and for what it depends on.
+
+    A context manager whose value is the `Frame`.
+
+    Raises:
+        EvaluationError: (at the end) the block wrote to one of the tensors in place. Autograd refuses such writes to
+            what needs a gradient; this finds those to constants and those under `torch.no_grad()`.
+
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        direct: Sequence[Member],
+        values: Mapping[str, Vector],
+        own_parameters: bool,
+        spare_buffers: bool,
+    ) -> None:
+        """Take note of what to swap; nothing is touched yet."""
+        self._member = member
+        self._seen = (member, *direct)
+        self._swapped = direct if own_parameters else self._seen
+        self._spared = self._seen if spare_buffers else ()
+        self._values = values
+        self._frame = Frame(values, {m.name: m.names for m in self._seen})
+        self._undo: list[tuple[Callable[[list[Any]], None], list[Any]]] = []
+
+    def __enter__(self) -> Frame:
+        """Swap the tensors in."""
+        self._versions = self._present_versions()
+        self._before = self._member.problem._frame
+        for m in self._swapped:
+            self._undo.append((m.slots.restore, m.slots.put(self._values[m.name])))
+        for m in self._spared:
+            self._undo.append((m.slots.restore_buffers, m.slots.copy_buffers()))
+        self._member.problem._frame = self._frame
+        return self._frame
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Swap them out again, whatever has happened."""
+        self._member.problem._frame = self._before
+        for restore, kept in reversed(self._undo):
+            restore(kept)
+        if kind is None and self._versions != self._present_versions():
+            self._raise_for_in_place()
+
+    def _present_versions(self) -> list[int]:
+        bound = [t._version for m in self._seen for t in self._values[m.name]]
+        return bound + [t._version for m in self._seen for t in m.names.constant.values()]
+
+    def _raise_for_in_place(self) -> None:
+        named = [(m.name, n) for m in self._seen for n in m.names.trainable]
+        named += [(m.name, n) for m in self._seen for n in m.names.constant]
+        changed = [
+            place
+            for place, before, after in zip(named, self._versions, self._present_versions(), strict=True)
+            if before != after
+        ]
+        owner, name = changed[0]
+        raise EvaluationError(
+            f"the loss of problem {self._member.name!r} changed the parameter {name!r} of problem {owner!r} in place; "
+            "expected a loss that only reads parameters. Use an out-of-place operation, or clone() first; a running "
+            "average belongs in a buffer (register_buffer)."
+        )
 
 
 @dataclass
@@ -59,34 +126,15 @@ class Evaluation:
             x = [t for q in inputs for t in values[q]]
             values[name] = respond(stage, self.graph.method(name), member.trainable, x)
 
-    @contextmanager
     def bound(
         self, member: Member, values: Mapping[str, Vector], *, own_parameters: bool, spare_buffers: bool
-    ) -> Iterator[Frame]:
+    ) -> Binding:
         """Let a problem's loss see `values`, for a span that covers its backward pass.
 
         With `own_parameters` the problem sees its parameters themselves.
         """
         direct = [self.members[d] for d in self.graph.direct(member.name)]
-        seen = {m.name: {**m.constant, **dict(zip(m.names, values[m.name], strict=True))} for m in (member, *direct)}
-        for named, m in zip(seen.values(), (member, *direct), strict=True):
-            if m.constant:  # the order of the module
-                ordered = {n: named[n] for n in m.parameters}
-                named.clear()
-                named.update(ordered)
-        frame, before = Frame(seen), member.problem._frame
-        with ExitStack() as stack:
-            stack.enter_context(unchanged_in_place(seen, member.name))
-            for m in direct if own_parameters else (member, *direct):
-                stack.enter_context(m.slots.hold(values[m.name]))
-            if spare_buffers:
-                for m in (member, *direct):
-                    stack.enter_context(m.slots.spare_buffers())
-            member.problem._frame = frame
-            try:
-                yield frame
-            finally:
-                member.problem._frame = before
+        return Binding(member, direct, values, own_parameters, spare_buffers)
 
     def reject_bypasses(self, member: Member, loss: Tensor, own_parameters: bool) -> None:
         """Raise an error if a loss reaches parameters themselves where it should see what is bound for them."""
@@ -94,7 +142,7 @@ class Evaluation:
         at = [p for m in others for p in m.trainable]
         found = iter(gradients([loss], at, retain_graph=True))
         for m in others:
-            for name in m.names:
+            for name in m.names.trainable:
                 if next(found) is not None:
                     raise _bypass(member, m, name, self.graph.direct(member.name))
 
@@ -282,7 +330,7 @@ def _training_evaluation(member: Member, batch: Any) -> tuple[RandomState, Tenso
     loss, metrics = loss_and_metrics(member, batch)
     if look and not member.draws_from_host and state.host is not None:
         member.draws_from_host = not same_host_state(state.host, host_state())
-    return state, loss, metrics
+    return state if member.draws_from_host else replace(state, host=None), loss, metrics
 
 
 def _propagate(

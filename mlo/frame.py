@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from mlo.errors import DependencyError, EvaluationError
+from mlo.errors import DependencyError
+from mlo.vectors import Vector
 
 
 class Parameters(dict[str, Tensor]):
@@ -44,7 +44,7 @@ class ModuleSlots:
         """Find the places of `trainable` and of all buffers."""
         index = {id(p): i for i, p in enumerate(trainable)}
         parts = list(module.modules())
-        self._places: list[tuple[dict[str, Any], str, int]] = [
+        self.places: list[tuple[dict[str, Any], str, int]] = [
             (part._parameters, key, index[id(p)])
             for part in parts
             for key, p in part._parameters.items()
@@ -56,50 +56,57 @@ class ModuleSlots:
         # Recurrent layers keep a second list of their weights beside the registered ones.
         self._recurrent = [part for part in parts if isinstance(part, nn.RNNBase)]
 
-    @contextmanager
-    def hold(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Let the module run with `tensors` in the place of its trainable parameters."""
-        before = [places[key] for places, key, _ in self._places]
+    def put(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Let the module run with `tensors` in the place of its trainable parameters; return what `restore` needs."""
+        before = [places[key] for places, key, _ in self.places]
+        for places, key, i in self.places:
+            places[key] = tensors[i]
         weights = [part._flat_weights for part in self._recurrent]
-        try:
-            for places, key, i in self._places:
-                places[key] = tensors[i]
-            for part in self._recurrent:
-                part._flat_weights = [getattr(part, key) for key in part._flat_weights_names]
-            yield
-        finally:
-            for (places, key, _), kept in zip(self._places, before, strict=True):
-                places[key] = kept
-            for part, kept in zip(self._recurrent, weights, strict=True):
-                part._flat_weights = kept
+        for part in self._recurrent:
+            part._flat_weights = [getattr(part, key) for key in part._flat_weights_names]
+        return [before, weights]
 
-    @contextmanager
-    def spare_buffers(self) -> Iterator[None]:
-        """Let the module run with copies of its buffers, so that its own do not change."""
+    def restore(self, kept: list[Any]) -> None:
+        """Undo `put`."""
+        before, weights = kept
+        for (places, key, _), tensor in zip(self.places, before, strict=True):
+            places[key] = tensor
+        for part, flat in zip(self._recurrent, weights, strict=True):
+            part._flat_weights = flat
+
+    def copy_buffers(self) -> list[Any]:
+        """Let the module run with copies of its buffers; return what `restore_buffers` needs."""
         before = [places[key] for places, key in self._buffers]
-        try:
-            for (places, key), kept in zip(self._buffers, before, strict=True):
-                places[key] = None if kept is None else kept.clone()
-            yield
-        finally:
-            for (places, key), kept in zip(self._buffers, before, strict=True):
-                places[key] = kept
+        for (places, key), buffer in zip(self._buffers, before, strict=True):
+            places[key] = None if buffer is None else buffer.clone()
+        return before
+
+    def restore_buffers(self, kept: list[Any]) -> None:
+        """Undo `copy_buffers`."""
+        for (places, key), buffer in zip(self._buffers, kept, strict=True):
+            places[key] = buffer
 
 
 class Frame:
     """The tensors that one evaluation of one problem's loss sees, by problem."""
 
-    def __init__(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Keep the tensors of each problem that may be read."""
-        self._tensors = tensors
+    __slots__ = ("_names", "_parameters", "_values", "used")
+
+    def __init__(self, values: Mapping[str, Vector], names: Mapping[str, ParameterNames]) -> None:
+        """Keep the trainable tensors of each problem, and what is known of its parameters otherwise."""
+        self._values, self._names = values, names
         self._parameters: dict[str, Parameters] = {}
         self.used: set[str] = set()
 
     def parameters(self, problem: str) -> Parameters:
-        """Return the parameters of a problem."""
+        """Return the parameters of a problem, in the order of its module."""
         found = self._parameters.get(problem)
         if found is None:
-            found = self._parameters[problem] = Parameters(problem, self._tensors[problem])
+            names = self._names[problem]
+            tensors: dict[str, Tensor] = dict(zip(names.trainable, self._values[problem], strict=True))
+            if names.constant:
+                tensors = {n: tensors[n] if n in tensors else names.constant[n] for n in names.all}
+            found = self._parameters[problem] = Parameters(problem, tensors)
         return found
 
     def note_use(self, problem: str) -> None:
@@ -107,19 +114,14 @@ class Frame:
         self.used.add(problem)
 
 
-@contextmanager
-def unchanged_in_place(tensors: Mapping[str, Mapping[str, Tensor]], reader: str) -> Iterator[None]:
-    """Raise an error if a block writes to one of the tensors in place.
+class ParameterNames:
+    """The names of a problem's parameters, and those that stay what they are in every evaluation."""
 
-    Autograd refuses such writes to what needs a gradient; this finds those to constants and those under
-    `torch.no_grad()`.
-    """
-    versions = [t._version for named in tensors.values() for t in named.values()]
-    yield
-    after = ((owner, name, t._version) for owner, named in tensors.items() for name, t in named.items())
-    for (owner, name, version), before in zip(after, versions, strict=True):
-        if version != before:
-            raise EvaluationError(
-                f"the loss of problem {reader!r} changed the parameter {name!r} of problem {owner!r} in place; "
-                "expected a loss that only reads parameters. Use an out-of-place operation, or clone() first."
-            )
+    __slots__ = ("all", "constant", "trainable")
+
+    def __init__(self, named: Mapping[str, nn.Parameter], trainable: Sequence[str]) -> None:
+        """Divide the parameters in trainable and constant ones."""
+        self.all = tuple(named)
+        self.trainable = tuple(trainable)
+        kept = set(trainable)
+        self.constant: dict[str, nn.Parameter] = {n: p for n, p in named.items() if n not in kept}

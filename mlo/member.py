@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mlo.data_feed import DataFeed
-from mlo.frame import ModuleSlots
+from mlo.frame import ModuleSlots, ParameterNames
 from mlo.optimizer_facts import OptimizerFacts
 from mlo.problem import Problem
 from mlo.random_state import RandomState
@@ -23,8 +23,9 @@ class Member:
     Attributes:
         problem: the user's problem.
         parameters: all parameters of its module by name, tied ones once.
-        names: the names of the trainable ones: those with `requires_grad` that the optimizer holds.
-        trainable: these themselves.
+        names: the names of all of them, of the trainable ones (those with `requires_grad` that the optimizer
+            holds), and the others.
+        trainable: the trainable parameters themselves.
         slots: their places in the module.
         facts: what the optimizer says about them.
         devices: the devices of the parameters.
@@ -50,24 +51,32 @@ class Member:
         self.checked_in_methods = False
         self.draws_from_host = False
         self.evaluations = 0
-        self._signature: object = None
-        self.refresh()
+        self._find_parameters()
 
     def refresh(self) -> bool:
         """Find the parameters anew if one was frozen, unfrozen or replaced; return whether that was so."""
+        same = self._signature == self._present_signature() and all(
+            places.get(key) is self.trainable[i] for places, key, i in self.slots.places
+        )
+        if not same:
+            self._find_parameters()
+        return not same
+
+    def _find_parameters(self) -> None:
         named = dict(self.problem.module.named_parameters())
         optimizer = self.problem.optimizer
         held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
-        names = tuple(n for n, p in named.items() if p.requires_grad and (held is None or id(p) in held))
-        signature = (names, tuple(map(id, named.values())))
-        if self._signature == signature:
-            return False
-        self._signature = signature
         self.parameters = named
-        self.names = names
-        self.trainable: tuple[nn.Parameter, ...] = tuple(named[n] for n in names)
-        self.constant: dict[str, nn.Parameter] = {n: p for n, p in named.items() if n not in set(names)}
+        self.names = ParameterNames(
+            named, [n for n, p in named.items() if p.requires_grad and (held is None or id(p) in held)]
+        )
+        self.trainable: tuple[nn.Parameter, ...] = tuple(named[n] for n in self.names.trainable)
         self.slots = ModuleSlots(self.problem.module, self.trainable)
         self.facts = OptimizerFacts(optimizer, self.trainable)
         self.devices: tuple[torch.device, ...] = tuple(dict.fromkeys(p.device for p in named.values()))
-        return True
+        self._signature = self._present_signature()
+
+    def _present_signature(self) -> tuple[list[bool], list[int]]:
+        optimizer = self.problem.optimizer
+        groups = [] if optimizer is None else [len(group["params"]) for group in optimizer.param_groups]
+        return [p.requires_grad for p in self.parameters.values()], groups

@@ -80,7 +80,7 @@ def _clipped_norm(member: Member) -> float:
     if not math.isfinite(size):
         bad = [
             n
-            for n, p in zip(member.names, parameters, strict=True)
+            for n, p in zip(member.names.trainable, parameters, strict=True)
             if p.grad is not None and not math.isfinite(norm([p.grad]))
         ]
         raise LossError(

@@ -1,7 +1,8 @@
 """Arithmetic on vectors that are kept as sequences of tensors, one per parameter.
 
 A stage's parameters are never flattened into one tensor: that would cost a copy, and would mix devices
-and dtypes. Scalars come back as Python floats, summed in double precision over the tensors.
+and dtypes. The operations are torch's own over lists of tensors, as its optimizers use them. Scalars come back
+as Python floats, summed in double precision over the tensors.
 """
 
 from __future__ import annotations
@@ -33,21 +34,18 @@ def norm(a: Sequence[Tensor]) -> float:
 
     The norms of the tensors are combined by `math.hypot`, which neither overflows nor underflows.
     """
-    return math.hypot(*_numbers([_norm(x) for x in a]))
-
-
-def _norm(x: Tensor) -> Tensor:
-    if x.is_sparse:
-        x = x.coalesce().values()
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32 if x.dtype in _LOW_PRECISION else None)
-    return norm
+    if not a:
+        return 0.0
+    if any(x.is_sparse or x.dtype in _LOW_PRECISION for x in a):
+        a = [(x.coalesce().values() if x.is_sparse else x).float() for x in a]
+    return math.hypot(*_numbers(torch._foreach_norm(list(a))))
 
 
 def _numbers(scalars: Sequence[Tensor]) -> list[float]:
     """Return 0-dim tensors as Python floats, with one transfer from a device instead of one each."""
-    if len({s.device for s in scalars}) > 1:
-        return [s.item() for s in scalars]
-    return torch.stack(tuple(scalars)).tolist() if scalars else []
+    if scalars and scalars[0].device.type != "cpu" and len({s.device for s in scalars}) == 1:
+        return torch.stack(tuple(scalars)).tolist()
+    return [s.item() for s in scalars]
 
 
 def zeros_like(a: Sequence[Tensor]) -> Vector:
@@ -57,21 +55,20 @@ def zeros_like(a: Sequence[Tensor]) -> Vector:
 
 def scale(a: Sequence[Tensor], factors: float | Sequence[float]) -> Vector:
     """Return `factors`·a with one factor for all tensors, or one for each."""
-    if not isinstance(factors, float | int):
-        return tuple(x * f for x, f in zip(a, factors, strict=True))
-    return tuple(x * factors for x in a)
+    given = factors if isinstance(factors, float | int) else list(factors)
+    return tuple(torch._foreach_mul(list(a), given))
 
 
 def add(a: Sequence[Tensor], b: Sequence[Tensor], factor: float = 1.0) -> Vector:
     """Return a + `factor`·b."""
-    return tuple(x.add(y, alpha=factor) for x, y in zip(a, b, strict=True))
+    return tuple(torch._foreach_add(list(a), list(b), alpha=factor))
 
 
 def subtract(a: Sequence[Tensor], b: Sequence[Tensor]) -> Vector:
     """Return a − b."""
-    return tuple(x - y for x, y in zip(a, b, strict=True))
+    return tuple(torch._foreach_sub(list(a), list(b)))
 
 
 def rounding_unit(a: Sequence[Tensor]) -> float:
     """Return the machine epsilon of the coarsest dtype among the tensors."""
-    return max(torch.finfo(x.dtype).eps for x in a)
+    return max(torch.finfo(dtype).eps for dtype in {x.dtype for x in a})

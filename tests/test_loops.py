@@ -104,15 +104,14 @@ def test_two_levels_with_finite_differences():
             inner.step()
         x, y = valid[step % len(valid)]
         c = torch.autograd.grad(F.cross_entropy(net2(x), y), params)
-        direction = [lr * t for t in c]
-        length = math.hypot(*(torch.linalg.vector_norm(t).item() for t in direction))
+        length = math.hypot(*(torch.linalg.vector_norm(t).item() for t in c))
         e = epsilon / length
         sides = []
         for sign in (e, -e):
-            shifted = [p.detach().add(d, alpha=sign) for p, d in zip(params, direction, strict=True)]
+            shifted = [p.detach().add(d, alpha=sign) for p, d in zip(params, c, strict=True)]
             sides.append(torch.autograd.grad(lower_loss(net2, shifted, h, batch), h))
         for t, ahead, behind in zip(h, *sides, strict=True):
-            t.grad = (ahead - behind) * (-1 / (2 * e))
+            t.grad = (ahead - behind) * (-lr * length / (2 * epsilon))
         outer.step()
     assert_equal(net, net2)
     assert_equal(upper, upper2)

@@ -34,9 +34,9 @@ class FiniteDifference(HypergradientMethod):
 
     Args:
         scale: the multiple, or `None` for the learning rate of each parameter group of the stage.
-        epsilon: length of the shift ‖εd‖, in the units of the parameters. `None`: ∛u·max(1, ‖θ‖), with u the
-            rounding unit of the parameters' dtype, which balances the error of the difference with the error
-            of rounding.
+        epsilon: length of the shift ‖εd‖, in the units of the parameters. `None`: ∛u·max(1, ‖θ‖) / 32, with u the
+            rounding unit of the parameters' dtype: the cube root balances the error of the difference (∝ ε²)
+            with that of rounding (∝ u/ε), and the factor is what small networks were measured to want.
         on_breakdown: see `HypergradientMethod`. Breaks down on non-finite cotangents only.
 
     Raises:
@@ -52,9 +52,9 @@ class FiniteDifference(HypergradientMethod):
     >>> import mlo, torch
     >>> def loss(w, x):
     ...     return w**2 - w * x
-    >>> x = torch.tensor(3.0, requires_grad=True)
-    >>> w = mlo.best_response(loss, torch.tensor(1.5), x, mlo.FiniteDifference(scale=0.5))
-    >>> round(torch.autograd.grad(w, x)[0].item(), 4)     # w* = x / 2 and scale = 1 / H
+    >>> x = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    >>> w = mlo.best_response(loss, x.detach() / 2, x, mlo.FiniteDifference(scale=0.5))
+    >>> round(torch.autograd.grad(w, x)[0].item(), 6)     # w* = x / 2 and scale = 1 / H
     0.5
 
     """
@@ -103,7 +103,8 @@ class FiniteDifference(HypergradientMethod):
         inputs: Sequence[Tensor],
         needed: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
-        direction = scale(scale(cotangents, scale_factors(self, self.scale, stage)), stage.signs)
+        factors = scale_factors(self, self.scale, stage)
+        direction, size = self._direction(cotangents, factors, stage.signs)
         length = norm(direction)
         status = Status.APPROXIMATE if math.isfinite(length) else Status.NON_FINITE
         self.settle(stage, SolveReport(stage.name, type(self).__name__, status, 0, None, 0))
@@ -111,20 +112,31 @@ class FiniteDifference(HypergradientMethod):
             return (None,) * len(inputs)
         if not status.ok:
             return tuple(torch.full_like(x, math.nan) if n else None for x, n in zip(inputs, needed, strict=True))
-        epsilon = self._shift_length(solution) / length
+        shift = self._shift_length(solution)
         x = leaves(inputs, needed)
-        ahead = _input_gradients(stage, add(solution, direction, epsilon), x)
-        behind = _input_gradients(stage, add(solution, direction, -epsilon), x)
-        factor = -1 / (2 * epsilon)
+        ahead = _input_gradients(stage, add(solution, direction, shift / length), x)
+        behind = _input_gradients(stage, add(solution, direction, -shift / length), x)
+        factor = -size * length / (2 * shift)
         return tuple(
             None if a is None and b is None else (_or_zero(a, t) - _or_zero(b, t)) * factor
             for a, b, t in zip(ahead, behind, x, strict=True)
         )
 
+    @staticmethod
+    def _direction(
+        cotangents: Sequence[Tensor], factors: float | tuple[float, ...], signs: tuple[float, ...]
+    ) -> tuple[Sequence[Tensor], float]:
+        """Return vectors and a number whose product is d; where all factors are equal, no vector is made."""
+        each = factors if isinstance(factors, tuple) else (factors,) * len(signs)
+        signed = [f * s for f, s in zip(each, signs, strict=True)]
+        if len(set(signed)) == 1:
+            return cotangents, signed[0]
+        return scale(cotangents, signed), 1.0
+
     def _shift_length(self, solution: Sequence[Tensor]) -> float:
         if self.epsilon is not None:
             return self.epsilon
-        return float(rounding_unit(solution) ** (1 / 3)) * max(1.0, norm(solution))
+        return float(rounding_unit(solution) ** (1 / 3)) * max(1.0, norm(solution)) / 32
 
 
 def _input_gradients(stage: StageFunction, shifted: Vector, x: Vector) -> tuple[Tensor | None, ...]:
