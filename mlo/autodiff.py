@@ -42,7 +42,8 @@ def gradients(
             allow_unused=True,
         )
     )
-    return tuple(next(found) if t.requires_grad else None for t in inputs)
+    dense = (t.to_dense() if t is not None and t.is_sparse else t for t in found)
+    return tuple(next(dense) if t.requires_grad else None for t in inputs)
 
 
 def filled(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:

@@ -34,6 +34,11 @@ def squared_distance(a: Tensors, b: Tensors) -> Tensor:
         raise ConfigurationError("squared_distance: expected at least one tensor on each side, got none.")
     terms = []
     for name, x, y in pairs:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise ConfigurationError(
+                f"squared_distance: expected tensors; {name} is {type(x).__name__} on the left and "
+                f"{type(y).__name__} on the right."
+            )
         if x.shape != y.shape:
             raise ConfigurationError(
                 f"squared_distance: {name} has shape {tuple(x.shape)} on the left and {tuple(y.shape)} on the right; "

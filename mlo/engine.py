@@ -16,12 +16,12 @@ from mlo.graph import ProblemGraph
 from mlo.hypergradient.options import is_count
 from mlo.member import Member, MicroBatch
 from mlo.optimizer_facts import warn_of_unknown_decay
-from mlo.problem import Problem
+from mlo.problem import FIXED_OPTIONS, Problem
 from mlo.random_state import RandomState, preserved
 from mlo.reports import Outcome, ProblemReport, summarised
 from mlo.stage_function import leaves
 from mlo.status import SolveReport
-from mlo.update import take_step
+from mlo.update import step_scheduler, take_step
 from mlo.vectors import Vector
 
 Reports = dict[str, ProblemReport]
@@ -57,14 +57,15 @@ class Engine:
         self.graph = ProblemGraph(given)
         self.problems: Mapping[str, Problem] = {p.name: p for p in given}
         self.step_count = 0
+        self._definitions = {(p.name, option): getattr(p, option) for p in given for option in FIXED_OPTIONS}
         self._members = {p.name: Member(p) for p in given}
         self._warm_starts: dict[str, Vector] = {}
         self._reports: Reports = {}
         self._solves: dict[str, list[SolveReport]] = {}
         self._stopping = False
         self._check_parameters()
+        self._introduce()
         for p in given:
-            p._known = self.problems
             warn_of_unknown_decay(p.name, p.optimizer)
             self._warn_of_misplaced_method(p)
 
@@ -78,8 +79,8 @@ class Engine:
             EvaluationError: a loss reaches parameters past the engine, or writes to them.
             BreakdownError: a solve broke down and its method says `"raise"`.
 
-        Exceptions of user code keep their type. After any exception the problem in question is as it was before
-        its optimizer step, and the engine can go on.
+        Exceptions of user code keep their type. After one in a loss or in a method the problem in question is as it
+        was before its optimizer step, and the engine can go on; one that a scheduler raises comes after the step.
 
         """
         self._refresh_members()
@@ -89,27 +90,41 @@ class Engine:
             member.fresh = False
         with _differentiating():
             for root in self.graph.roots:
-                self._take_steps(self._members[root])
+                self._solve(self._members[root])
         self.step_count += 1
         return {name: replace(report, solves=summarised(self._solves[name])) for name, report in self._reports.items()}
 
-    def _take_steps(self, member: Member) -> None:
-        """Let a problem take its steps, or none where it takes none; either way its dependencies are made fresh."""
+    def _solve(self, root: Member) -> None:
+        """Let a root take its steps, and before them whatever must be fresh.
+
+        The pending problems are kept on a list: a chain may be longer than Python's recursion limit.
+        """
+        pending = [self._take_steps(root)]
+        while pending:
+            stale = next(pending[-1], None)
+            if stale is None:
+                pending.pop()
+            else:
+                pending.append(self._take_steps(stale))
+
+    def _take_steps(self, member: Member) -> Iterator[Member]:
+        """Let a problem take its steps, or none where it takes none; yield what must be solved before each."""
         outcome = self._reason_not_to_step(member)
         if outcome is None:
             for _ in range(member.problem.steps):
-                self._make_responses_fresh(member)
+                yield from self._stale_responses(member)
                 self._update(member)
         else:
-            self._make_responses_fresh(member)
+            yield from self._stale_responses(member)
             self._draw_batches(member)
             self._report(member, outcome=outcome)
         member.fresh = True
 
-    def _make_responses_fresh(self, member: Member) -> None:
+    def _stale_responses(self, member: Member) -> Iterator[Member]:
+        """Yield the stale responses that a problem reads, highest first, each once those above it are solved."""
         for name in reversed(self.graph.responses(member.name)):
             if not self._members[name].fresh:
-                self._take_steps(self._members[name])
+                yield self._members[name]
 
     def _reason_not_to_step(self, member: Member) -> Outcome | None:
         if member.problem.optimizer is None:
@@ -120,7 +135,6 @@ class Engine:
         """Take one optimizer step."""
         batches = member.feed.next_batches(member.problem.accumulate)
         evaluation = Evaluation(self.graph, self._members, _last_batches, self._warm_starts, self._solves[member.name])
-        first = not member.checked_in_training
         try:
             total, size = take_step(
                 member, lambda: accumulate_total_gradient(evaluation, member, member.trainable, batches, None)
@@ -143,6 +157,8 @@ class Engine:
             metrics=total.metrics,
             gradient_norm=size,
         )
+        first, member.has_stepped = not member.has_stepped, True
+        step_scheduler(member)
         if first:
             self._warn_of_unused(member, total.used)
 
@@ -177,6 +193,7 @@ class Engine:
             raise ConfigurationError(
                 f"Engine.run(validate_every={validate_every!r}): expected an integer of at least 1, or None."
             )
+        self._warn_of_missing_validation(validate_every)
         self._stopping = False
         reports: Reports = {}
         for _ in range(steps):
@@ -201,7 +218,10 @@ class Engine:
         `ReduceLROnPlateau` scheduler is stepped with the metric, or the entry `"loss"` of several.
         """
         found: dict[str, dict[str, float]] = {}
-        with self._evaluation_mode(), torch.no_grad():
+        self._introduce()
+        with self._training_modes_kept(), torch.no_grad():
+            for problem in self.problems.values():
+                problem.module.eval()
             for name, problem in self.problems.items():
                 result = problem.validation_step()
                 if result is None:
@@ -221,11 +241,9 @@ class Engine:
         return found
 
     @contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
+    def _training_modes_kept(self) -> Iterator[None]:
         parts = [part for p in self.problems.values() for part in p.module.modules()]
         modes = [part.training for part in parts]
-        for p in self.problems.values():
-            p.module.eval()
         try:
             yield
         finally:
@@ -276,7 +294,7 @@ class Engine:
         devices = dict.fromkeys(d for m in involved for d in m.devices)
         own = leaves(member.trainable)
         evaluation = Evaluation(self.graph, self._members, batches, dict(self._warm_starts), [])
-        with preserved(devices), _differentiating():
+        with preserved(devices), self._training_modes_kept(), _differentiating():
             used = batches(member)
             for m in involved:  # previews are drawn before any loss is evaluated
                 batches(m)
@@ -288,8 +306,24 @@ class Engine:
 
     # --- checks ------------------------------------------------------------------------------------------------
 
+    def _introduce(self) -> None:
+        """Let the problems find each other here: they may have been in another engine since."""
+        for p in self.problems.values():
+            p._known = self.problems
+
+    def _check_definitions(self) -> None:
+        """Raise an error for a definition that has changed since it was checked and built upon."""
+        for (name, option), value in self._definitions.items():
+            if getattr(self.problems[name], option) is not value:
+                raise ConfigurationError(
+                    f"problem {name!r}, {option}: expected what it was when the engine was built; it has been set "
+                    "since. Build a new engine from the problems."
+                )
+
     def _refresh_members(self) -> None:
         """Follow what the user has frozen, unfrozen or replaced since the last step."""
+        self._introduce()
+        self._check_definitions()
         changed = [m.refresh() for m in self._members.values()]
         if any(changed):
             self._check_parameters()
@@ -321,10 +355,21 @@ class Engine:
         warnings.warn(
             f"problem {problem.name!r}, hypergradient={type(problem.hypergradient).__name__}: not used, since no "
             "gradient flows through the response of this problem. A method belongs to the stage whose solution is "
-            f"differentiated; {', '.join(map(repr, stages))} have none and use {default}.",
+            f"differentiated: here to {', '.join(map(repr, stages))}, for want of one by {default}.",
             MloWarning,
             stacklevel=3,
         )
+
+    def _warn_of_missing_validation(self, validate_every: int | None) -> None:
+        """Warn of schedulers that are stepped at validation if there is none."""
+        for name, p in self.problems.items():
+            if validate_every is None and isinstance(p.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                warnings.warn(
+                    f"problem {name!r}: its ReduceLROnPlateau scheduler is stepped at validation, and this run has "
+                    "none. Give run(validate_every=...), or call engine.validate() in a callback.",
+                    MloWarning,
+                    stacklevel=3,
+                )
 
     def _warn_of_unused(self, member: Member, used: set[str]) -> None:
         leads = {q for d in self.graph.responses(member.name) for q in self.graph.inputs(d)}
@@ -345,9 +390,19 @@ def _last_batches(member: Member) -> list[MicroBatch]:
 
 @contextmanager
 def _differentiating() -> Iterator[None]:
-    """Gradients on, whatever the caller's mode; backward passes on one thread, since bindings are shared by all."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
-        yield
+    """Gradients on, whatever the caller's mode; backward passes on one thread, since bindings are shared by all.
+
+    A cache of autocast is off: in a region around several steps it would hand out casts of parameters that have
+    moved since.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def _checked_problems(problems: Iterable[Problem]) -> list[Problem]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from mlo.ambient import Autocast
 from mlo.autodiff import gradients
@@ -22,10 +23,6 @@ from mlo.response import respond
 from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport
 from mlo.vectors import Vector
-
-# How often a loss that has not drawn from Python's or NumPy's generator so far is looked at again: taking
-# their state costs about as much as ten small tensor operations.
-_HOST_CHECK_PERIOD = 16
 
 
 class Binding:
@@ -89,9 +86,9 @@ class Binding:
         ]
         owner, name = changed[0]
         raise EvaluationError(
-            f"the loss of problem {self._member.name!r} changed the parameter {name!r} of problem {owner!r} in place; "
-            "expected a loss that only reads parameters. Use an out-of-place operation, or clone() first; a running "
-            "average belongs in a buffer (register_buffer)."
+            f"the loss of problem {self._member.name!r} changed the parameter {name!r} of problem {owner!r} in place "
+            "(it keeps its new value); expected a loss that only reads parameters. Use an out-of-place operation, or "
+            "clone() first; a running average belongs in a buffer (register_buffer)."
         )
 
 
@@ -138,6 +135,7 @@ class Evaluation:
 
     def reject_bypasses(self, member: Member, loss: Tensor, own_parameters: bool) -> None:
         """Raise an error if a loss reaches parameters themselves where it should see what is bound for them."""
+        _reject_reentrant_checkpoints(member, loss)
         others = [m for m in self.members.values() if not (own_parameters and m is member)]
         at = [p for m in others for p in m.trainable]
         found = iter(gradients([loss], at, retain_graph=True))
@@ -159,6 +157,40 @@ def _bypass(member: Member, owner: Member, parameter: str, direct: Sequence[str]
         f"the loss of problem {member.name!r} reaches the parameter {parameter!r} of problem {owner.name!r} past the "
         f"engine, so that its gradient would be lost; expected access by self or self.deps. {remedy}."
     )
+
+
+def _reject_reentrant_checkpoints(member: Member, loss: Tensor) -> None:
+    """Raise an error if the loss's graph holds a checkpoint that a backward pass to given inputs leaves out."""
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise EvaluationError(
+                f"the loss of problem {member.name!r} uses torch.utils.checkpoint with use_reentrant=True, whose "
+                "parameters are unknown to autograd, so that their gradients would be lost; expected "
+                "checkpoint(..., use_reentrant=False)."
+            )
+        pending += [following for following, _ in node.next_functions]
+
+
+def _reject_hidden_gradients(member: Member, own: Sequence[Tensor], has_responses: bool) -> None:
+    """Raise an error for what would make `.grad` something else than the total gradient."""
+    for name, p in zip(member.names.trainable, own, strict=True):
+        if p.grad is not None:
+            raise EvaluationError(
+                f"the loss of problem {member.name!r} left a gradient in the parameter {name!r}; expected a loss that "
+                "calls no backward(): the engine does, and would count it twice. For a gradient inside the loss use "
+                "torch.autograd.grad(..., create_graph=True)."
+            )
+        if has_responses and (p._backward_hooks or p._post_accumulate_grad_hooks):
+            raise EvaluationError(
+                f"the parameter {name!r} of problem {member.name!r} has a gradient hook, which would see the direct "
+                "gradient and the one through the responses one after the other instead of their sum; expected none. "
+                "Use grad_clip=, or a pre-step hook of the optimizer (register_step_pre_hook)."
+            )
 
 
 class _ProblemStage(StageFunction):
@@ -198,9 +230,8 @@ class _ProblemStage(StageFunction):
                 state.restore()
                 losses.append(loss_and_metrics(member, batch)[0])
             loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-            if not member.checked_in_methods:
+            if member.in_methods.due():
                 evaluation.reject_bypasses(member, loss, own_parameters=False)
-                member.checked_in_methods = True
             return loss
 
         with preserved(member.devices, host=any(s.host is not None for _, s in batches)), self._autocast.restored():
@@ -219,7 +250,13 @@ def title(member: Member) -> str:
 
 def loss_and_metrics(member: Member, batch: Any) -> tuple[Tensor, dict[str, float]]:
     """Evaluate a problem's loss on one batch, and take what it logs beside it."""
+    versions = _versions(batch)
     result = member.problem.training_step(batch)
+    if versions != _versions(batch):
+        raise EvaluationError(
+            f"{title(member)} changed its batch in place; expected a loss that only reads it, since a batch is used "
+            "again when the stage's response is differentiated. Use an out-of-place operation, or clone() first."
+        )
     if not isinstance(result, Mapping):
         return checked_loss(result, title(member)), {}
     if "loss" not in result:
@@ -229,6 +266,10 @@ def loss_and_metrics(member: Member, batch: Any) -> tuple[Tensor, dict[str, floa
         )
     metrics = {key: number(value, f"{title(member)}, {key!r}") for key, value in result.items() if key != "loss"}
     return checked_loss(result["loss"], title(member)), metrics
+
+
+def _versions(batch: Any) -> list[int]:
+    return [t._version for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
 
 
 def number(value: object, what: str) -> float:
@@ -277,9 +318,11 @@ def accumulate_total_gradient(
     """
     graph, training = evaluation.graph, states is None
     shadow = leaves(own)
-    inner = evaluation.constants(set(graph.direct(member.name)).union(*map(graph.inputs, graph.responses(member.name))))
+    # Only responses that depend on the problem itself can carry its gradient; all others are constants here.
+    nodes = graph.internal_order(member.name)
+    inner = evaluation.constants(set(graph.direct(member.name)).union(*map(graph.inputs, nodes)).difference(nodes))
     inner[member.name] = shadow
-    evaluation.add_responses(inner, graph.order(member.name), member.name)
+    evaluation.add_responses(inner, nodes, member.name)
     outputs = {d: inner[d] for d in graph.direct(member.name) if any(t.requires_grad for t in inner[d])}
     proxies = {d: leaves(tensors) for d, tensors in outputs.items()}
     values = {**inner, **proxies, member.name: tuple(own)}
@@ -288,6 +331,7 @@ def accumulate_total_gradient(
     logged: list[dict[str, float]] = []
     seen: list[MicroBatch] = []
     inputs = [*own, *(t for tensors in proxies.values() for t in tensors)]
+    schedule = member.in_training if training else member.in_methods
     with evaluation.bound(member, values, own_parameters=training, spare_buffers=not training) as frame:
         for i, batch in enumerate(batches):
             if states is None:
@@ -298,8 +342,10 @@ def accumulate_total_gradient(
                 loss, metrics = loss_and_metrics(member, batch)
             if not loss.requires_grad:
                 raise without_graph(title(member))
-            if not (member.checked_in_training if training else member.checked_in_methods):
+            if schedule.due():
                 evaluation.reject_bypasses(member, loss, own_parameters=training)
+                if i == 0:
+                    _reject_hidden_gradients(member, own, bool(outputs))
             mean = loss if len(batches) == 1 else loss / len(batches)
             torch.autograd.backward([mean], inputs=inputs)
             seen.append((batch, state))
@@ -308,27 +354,22 @@ def accumulate_total_gradient(
     _propagate(outputs, proxies, shadow, own)
     if all(t.grad is None for t in own):
         raise unreached(title(member))
-    if training:
-        member.checked_in_training = True
-    else:
-        member.checked_in_methods = True
     return TotalGradient(
         loss=sum(losses) / len(losses),
         metrics={
             key: sum(m[key] for m in logged if key in m) / sum(key in m for m in logged) for m in logged for key in m
         },
         micro_batches=seen,
-        used=frame.used,
+        # A dependency may also be read through its module itself, which the frame does not see.
+        used=frame.used | {d for d, tensors in proxies.items() if any(t.grad is not None for t in tensors)},
     )
 
 
 def _training_evaluation(member: Member, batch: Any) -> tuple[RandomState, Tensor, dict[str, float]]:
     """Evaluate the loss of a training step, and find out whether it draws from Python's or NumPy's generator."""
-    look = member.draws_from_host or member.evaluations % _HOST_CHECK_PERIOD == 0
-    member.evaluations += 1
-    state = RandomState.capture(member.devices, host=look)
+    state = RandomState.capture(member.devices)
     loss, metrics = loss_and_metrics(member, batch)
-    if look and not member.draws_from_host and state.host is not None:
+    if not member.draws_from_host and state.host is not None:
         member.draws_from_host = not same_host_state(state.host, host_state())
     return state if member.draws_from_host else replace(state, host=None), loss, metrics
 

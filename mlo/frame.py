@@ -29,6 +29,10 @@ class Parameters(dict[str, Tensor]):
             "steps of the engine."
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by the constructor, since entries cannot be set."""
+        return type(self), (self._problem, dict(self))
+
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
 
@@ -50,9 +54,7 @@ class ModuleSlots:
             for key, p in part._parameters.items()
             if id(p) in index
         ]
-        self._buffers: list[tuple[dict[str, Any], str]] = [
-            (part._buffers, key) for part in parts for key, b in part._buffers.items() if b is not None
-        ]
+        self._buffers: list[dict[str, Any]] = [part._buffers for part in parts if part._buffers]
         # Recurrent layers keep a second list of their weights beside the registered ones.
         self._recurrent = [part for part in parts if isinstance(part, nn.RNNBase)]
 
@@ -76,15 +78,18 @@ class ModuleSlots:
 
     def copy_buffers(self) -> list[Any]:
         """Let the module run with copies of its buffers; return what `restore_buffers` needs."""
-        before = [places[key] for places, key in self._buffers]
-        for (places, key), buffer in zip(self._buffers, before, strict=True):
-            places[key] = None if buffer is None else buffer.clone()
+        before = [dict(places) for places in self._buffers]
+        for places in self._buffers:
+            for key, buffer in places.items():
+                if buffer is not None:
+                    places[key] = buffer.clone()
         return before
 
     def restore_buffers(self, kept: list[Any]) -> None:
         """Undo `copy_buffers`."""
-        for (places, key), buffer in zip(self._buffers, kept, strict=True):
-            places[key] = buffer
+        for places, buffers in zip(self._buffers, kept, strict=True):
+            places.clear()
+            places.update(buffers)
 
 
 class Frame:

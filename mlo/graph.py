@@ -107,11 +107,17 @@ class ProblemGraph:
         return tuple(sorted(names, key=self._position.__getitem__))
 
     def _find_responses(self, name: str) -> tuple[str, ...]:
+        """Follow response edges down; what lies only behind a problem that is taken as given is not read."""
         found: set[str] = set()
-        for d in self.direct(name):
-            if self.kind(name, d) == "response":
-                found |= {d, *self._responses[d]}
-        return self._sorted(found - set(self._problems[name].constants))
+        pending = [name]
+        while pending:
+            reader = pending.pop()
+            for d in self.direct(reader):
+                new = d not in found and d not in self._problems[name].constants
+                if new and self.kind(reader, d) == "response":
+                    found.add(d)
+                    pending.append(d)
+        return self._sorted(found)
 
     def _find_internal(self, name: str) -> tuple[str, ...]:
         """Find the members d of R(name) from which `name` can be reached over inputs of response nodes."""
@@ -263,9 +269,11 @@ class ProblemGraph:
 
     def to_mermaid(self) -> str:
         """Return the graph as Mermaid flowchart: solid arrows for responses, dotted ones for what is given."""
-        lines = ["flowchart BT", *(f'    {name}["{name}"]' for name in self.names)]
+        # The nodes have identifiers of their own: Mermaid takes names such as "end" for its own words.
+        node = {name: f"p{i}" for i, name in enumerate(self.names, 1)}
+        lines = ["flowchart BT", *(f'    {node[name]}["{name}"]' for name in self.names)]
         arrows = {"response": "-->", "constraint": "-.->", "constant": "-.->"}
-        lines += [f"    {d} {arrows[kind]}|{kind}| {name}" for name, d, kind in self.edges()]
+        lines += [f"    {node[d]} {arrows[kind]}|{kind}| {node[name]}" for name, d, kind in self.edges()]
         return "\n".join(lines)
 
     def to_dot(self) -> str:

@@ -64,9 +64,10 @@ class LinearSystem:
         store, key = self._stage.warm_starts, self._warm_start_key
         if store is None or key is None or key not in store:
             return None
-        kept = self._taking_part(store[key])
-        fits = all(a.shape == b.shape for a, b in zip(kept, self.rhs, strict=True))
-        return kept if fits else None
+        kept = store[key]
+        if [t.shape for t in kept] != [t.shape for t in self._solution]:  # parameters were frozen or unfrozen since
+            return None
+        return self._taking_part(kept)
 
     def keep(self, solution: Sequence[Tensor]) -> None:
         """Keep a solution for the warm start of the next step (nothing happens where none can follow)."""

@@ -33,7 +33,8 @@ def without_graph(title: str) -> LossError:
     """Return the error for a loss that nothing can be learnt from."""
     return LossError(
         f"{title} returned a tensor without a graph; expected a loss computed from the parameters. Do not detach it, "
-        "and do not compute it under torch.no_grad()."
+        "and do not compute it under torch.no_grad(). If it reads its parameters only through responses, their method "
+        "must carry a gradient, which StopGradient does not."
     )
 
 

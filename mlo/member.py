@@ -17,6 +17,19 @@ from mlo.random_state import RandomState
 MicroBatch = tuple[Any, RandomState]
 
 
+class CheckSchedule:
+    """Evaluations 1, 2, 4, 8, … of a loss: often enough to find a change in what it does, at a cost that vanishes."""
+
+    def __init__(self) -> None:
+        """Start before the first evaluation."""
+        self.count = 0
+
+    def due(self) -> bool:
+        """Count one evaluation, and return whether it is to be checked."""
+        self.count += 1
+        return self.count & (self.count - 1) == 0
+
+
 class Member:
     """What the engine keeps for one problem.
 
@@ -32,11 +45,10 @@ class Member:
         feed: the problem's batches.
         micro_batches: those of its last step, the ones that its response is differentiated on.
         fresh: whether the problem is solved for the present values of the problems above.
-        checked_in_training: whether its loss has been searched once for parameters that it reaches past
-            their binding, in a training step.
-        checked_in_methods: likewise, inside a hypergradient method.
+        has_stepped: whether it has taken an optimizer step in this engine.
+        in_training: when its loss is checked for what users must not do in it, in training steps.
+        in_methods: likewise, inside hypergradient methods.
         draws_from_host: whether its loss has been seen to draw from Python's or NumPy's generator.
-        evaluations: how often its loss has been evaluated in training.
 
     """
 
@@ -47,10 +59,8 @@ class Member:
         self.feed = DataFeed(problem.name, problem.data)
         self.micro_batches: list[MicroBatch] | None = None
         self.fresh = False
-        self.checked_in_training = False
-        self.checked_in_methods = False
+        self.has_stepped = False
         self.draws_from_host = False
-        self.evaluations = 0
         self._find_parameters()
 
     def refresh(self) -> bool:
@@ -75,6 +85,7 @@ class Member:
         self.facts = OptimizerFacts(optimizer, self.trainable)
         self.devices: tuple[torch.device, ...] = tuple(dict.fromkeys(p.device for p in named.values()))
         self._signature = self._present_signature()
+        self.in_training, self.in_methods = CheckSchedule(), CheckSchedule()
 
     def _present_signature(self) -> tuple[list[bool], list[int]]:
         optimizer = self.problem.optimizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +16,10 @@ from mlo.frame import Frame, Parameters
 from mlo.hypergradient import HypergradientMethod
 from mlo.hypergradient.options import is_count, is_number
 
+#: What an engine builds upon, and what may change between its steps.
+FIXED_OPTIONS = ("name", "module", "optimizer", "data", "depends_on", "constants", "hypergradient")
+_ADJUSTABLE = ("steps", "accumulate", "warmup", "scheduler", "grad_clip")
+_RESERVED = (*FIXED_OPTIONS, *_ADJUSTABLE, "params", "deps", "__call__", "__setattr__")
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
@@ -53,7 +57,9 @@ class Problem(ABC):
         ConfigurationError: an argument is of a wrong kind or out of range.
 
     A subclass may set attributes of its own and override the constructor. Reserved names: the arguments
-    above, `params`, `deps`, `training_step`, `validation_step`.
+    above, `params`, `deps`, `training_step`, `validation_step`. The arguments are attributes too. `steps`,
+    `accumulate`, `warmup`, `scheduler` and `grad_clip` may be changed between steps of an engine; to change another,
+    build a new engine.
 
     """
 
@@ -73,20 +79,20 @@ class Problem(ABC):
         constants: Sequence[str] = (),
         warmup: int = 0,
     ) -> None:
-        """Check and keep the definition of the problem."""
-        self.name = _checked_name(name)
-        self.module = self._checked_module(module)
-        self.optimizer = self._checked_optimizer(optimizer)
-        self.data = self._checked_data(data)
-        self.depends_on: Mapping[str, str] = MappingProxyType(self._checked_roles(depends_on))
-        self.constants = self._checked_names("constants", constants)
-        self.steps = self._checked_count("steps", steps, 1)
-        self.accumulate = self._checked_count("accumulate", accumulate, 1)
-        self.warmup = self._checked_count("warmup", warmup, 0)
-        self.hypergradient = self._checked_method(hypergradient)
-        self.scheduler = self._checked_scheduler(scheduler)
-        self.grad_clip = self._checked_clip(grad_clip)
+        """Keep the definition of the problem; every option is checked as it is set."""
+        self.name = name
+        self.module = module
+        self.optimizer = optimizer
+        self.data = data
+        self.depends_on = depends_on  # type: ignore[assignment]
+        self.constants = constants  # type: ignore[assignment]
+        self.hypergradient = hypergradient
+        self.scheduler = scheduler
+        self.steps, self.accumulate, self.warmup = steps, accumulate, warmup
+        self.grad_clip = grad_clip
 
+    depends_on: Mapping[str, str]
+    constants: tuple[str, ...]
     #: Set by the engine for the span of an evaluation.
     _frame: Frame | None = None
     #: All problems of the engine that this one is part of.
@@ -95,11 +101,25 @@ class Problem(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse subclasses that would hide what the engine relies on."""
         super().__init_subclass__(**kwargs)
-        for reserved in ("params", "deps", "__call__"):
+        for reserved in _RESERVED:
             if reserved in cls.__dict__:
                 raise ConfigurationError(
                     f"{cls.__name__}.{reserved}: this name is reserved by mlo.Problem; choose another one."
                 )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Check an option whenever it is set."""
+        check = _CHECKS.get(name)
+        super().__setattr__(name, value if check is None else check(self, value))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the problem alone, without the engine that it is in."""
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_frame", "_known")}
+        return {**state, "depends_on": dict(self.depends_on)}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Restore a copy."""
+        self.__dict__.update(state, depends_on=MappingProxyType(state["depends_on"]))  # checked before
 
     @abstractmethod
     def training_step(self, batch: Any) -> Tensor | Mapping[str, Any]:
@@ -132,53 +152,53 @@ class Problem(ABC):
         """Return the class and the name."""
         return f"{type(self).__name__}({self.name!r})"
 
-    def error(self, option: str, expected: str, got: object) -> ConfigurationError:
+    def _error(self, option: str, expected: str, got: object) -> ConfigurationError:
         """Return the error for an argument that is not what it should be."""
         return ConfigurationError(f"problem {self.name!r}, {option}: expected {expected}; got {got}.")
 
     def _checked_module(self, module: object) -> nn.Module:
         if not isinstance(module, nn.Module):
             hint = "; wrap a bare tensor, e.g. in torch.nn.ParameterDict" if isinstance(module, Tensor) else ""
-            raise self.error("module", f"a torch.nn.Module{hint}", type(module).__name__)
+            raise self._error("module", f"a torch.nn.Module{hint}", type(module).__name__)
         for part in module.modules():
             if type(part).__name__ in _WRAPPERS:
-                raise self.error(
+                raise self._error(
                     "module",
                     "the bare module (hypergradients bypass the hooks by which a wrapper synchronises): pass "
                     "wrapper.module, and average the gradients over processes yourself",
                     type(part).__name__,
                 )
             if isinstance(part, torch.jit.ScriptModule):
-                raise self.error("module", "an eager module, whose parameters can be bound", type(part).__name__)
+                raise self._error("module", "an eager module, whose parameters can be bound", type(part).__name__)
         named = dict(module.named_parameters())
         for name, parameter in named.items():
             if nn.parameter.is_lazy(parameter):
-                raise self.error("module", "initialised parameters: run the module once before", f"lazy {name!r}")
+                raise self._error("module", "initialised parameters: run the module once before", f"lazy {name!r}")
             if parameter.is_complex():
-                raise self.error("module", "real parameters", f"complex {name!r}")
+                raise self._error("module", "real parameters", f"complex {name!r}")
         if not any(p.requires_grad for p in named.values()):
             got = "only frozen ones" if named else "none"
-            raise self.error("module", "at least one parameter with requires_grad", got)
+            raise self._error("module", "at least one parameter with requires_grad", got)
         return module
 
     def _checked_optimizer(self, optimizer: object) -> torch.optim.Optimizer | None:
         if optimizer is None:
             return None
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise self.error(
+            raise self._error(
                 "optimizer", "a torch.optim.Optimizer such as SGD(module.parameters(), lr=0.1)", repr(optimizer)
             )
         own = {id(p): p for p in self.module.parameters()}
         held = [p for group in optimizer.param_groups for p in group["params"]]
         foreign = sum(id(p) not in own for p in held)
         if foreign:
-            raise self.error(
+            raise self._error(
                 "optimizer",
                 "parameters of the problem's module only (build it from module.parameters(), after moving the module)",
                 f"{foreign} of {len(held)} that are not in the module",
             )
         if not any(p.requires_grad for p in held):
-            raise self.error("optimizer", "at least one parameter with requires_grad", "only frozen ones")
+            raise self._error("optimizer", "at least one parameter with requires_grad", "only frozen ones")
         return optimizer
 
     def _checked_data(self, data: object) -> Iterable[Any] | None:
@@ -186,65 +206,72 @@ class Problem(ABC):
             return None
         expected = "a re-iterable of batches such as a DataLoader or a list"
         if isinstance(data, Iterator):
-            raise self.error(
+            raise self._error(
                 "data", f"{expected}, which can be run through again", f"{type(data).__name__}, which cannot"
             )
         if isinstance(data, Tensor | str | bytes | Mapping) or type(data).__module__ == "numpy":
-            raise self.error("data", f"{expected}; for one batch used in every step pass [batch]", type(data).__name__)
+            raise self._error("data", f"{expected}; for one batch used in every step pass [batch]", type(data).__name__)
+        if isinstance(data, tuple) and data and all(isinstance(part, Tensor) for part in data):
+            raise self._error(
+                "data",
+                f"{expected}; for one batch of {len(data)} tensors used in every step pass [batch]",
+                "a tuple of tensors",
+            )
         if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
-            raise self.error("data", expected, type(data).__name__)
+            raise self._error("data", expected, type(data).__name__)
         if hasattr(data, "__len__") and len(data) == 0:
-            raise self.error("data", "at least one batch", "empty data (drop_last with a batch larger than the data?)")
+            raise self._error("data", "at least one batch", "empty data (drop_last with a batch larger than the data?)")
         return data  # type: ignore[return-value]
 
-    def _checked_roles(self, depends_on: object) -> dict[str, str]:
+    def _checked_roles(self, depends_on: object) -> Mapping[str, str]:
         if isinstance(depends_on, Mapping):
             roles = dict(depends_on)
             for role in roles:
                 _checked_name(role, f"problem {self.name!r}, depends_on: role")
             self._checked_names("depends_on", list(dict.fromkeys(roles.values())))
-            return roles
-        return {name: name for name in self._checked_names("depends_on", depends_on)}
+        else:
+            roles = {name: name for name in self._checked_names("depends_on", depends_on)}
+        return MappingProxyType(roles)
 
     def _checked_names(self, option: str, names: object) -> tuple[str, ...]:
         expected = "a sequence of problem names" + (" or a mapping role → name" if option == "depends_on" else "")
         if isinstance(names, str):
-            raise self.error(option, f"{expected}, e.g. ({names!r},)", f"the string {names!r}")
+            raise self._error(option, f"{expected}, e.g. ({names!r},)", f"the string {names!r}")
         if not isinstance(names, Iterable):
-            raise self.error(option, expected, repr(names))
+            raise self._error(option, expected, repr(names))
         given = tuple(names)
         for name in given:
             if isinstance(name, Problem):
-                raise self.error(option, f"names, e.g. {name.name!r}", f"the problem {name.name!r} itself")
+                raise self._error(option, f"names, e.g. {name.name!r}", f"the problem {name.name!r} itself")
             _checked_name(name, f"problem {self.name!r}, {option}: name")
         repeated = sorted({n for n in given if given.count(n) > 1})
         if repeated:
-            raise self.error(option, "each name once", f"{', '.join(repeated)} more than once")
+            raise self._error(option, "each name once", f"{', '.join(repeated)} more than once")
         return given
 
     def _checked_count(self, option: str, value: object, least: int) -> int:
         if not is_count(value) and not (least == 0 and value == 0 and not isinstance(value, bool)):
-            raise self.error(option, f"an integer of at least {least}", repr(value))
+            raise self._error(option, f"an integer of at least {least}", repr(value))
         return int(value)  # type: ignore[call-overload, no-any-return]
 
     def _checked_method(self, method: object) -> HypergradientMethod | None:
         if method is not None and not isinstance(method, HypergradientMethod):
             hint = f"; write {method.__name__}()" if isinstance(method, type) else ""
-            raise self.error("hypergradient", f"a method such as mlo.FiniteDifference(){hint}", repr(method))
+            raise self._error("hypergradient", f"a method such as mlo.FiniteDifference(){hint}", repr(method))
         return method
 
     def _checked_scheduler(self, scheduler: Any) -> Any:
         if scheduler is None:
             return None
         if self.optimizer is None:
-            raise self.error("scheduler", "none without an optimizer", type(scheduler).__name__)
+            raise self._error("scheduler", "none without an optimizer", type(scheduler).__name__)
         if not callable(getattr(scheduler, "step", None)):
-            raise self.error("scheduler", "a scheduler of torch.optim.lr_scheduler", repr(scheduler))
+            raise self._error("scheduler", "a scheduler of torch.optim.lr_scheduler", repr(scheduler))
         if getattr(scheduler, "optimizer", self.optimizer) is not self.optimizer:
-            raise self.error("scheduler", "a scheduler of this problem's own optimizer", "one of another optimizer")
+            raise self._error("scheduler", "a scheduler of this problem's own optimizer", "one of another optimizer")
         plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
         if plateau and type(self).validation_step is Problem.validation_step:
-            raise self.error(
+            raise self._error(
                 "scheduler", "a validation_step that returns the metric for ReduceLROnPlateau", "no validation_step"
             )
         return scheduler
@@ -253,8 +280,24 @@ class Problem(ABC):
         if clip is None:
             return None
         if not is_number(clip) or clip <= 0:  # type: ignore[operator]
-            raise self.error("grad_clip", "a positive number or None", repr(clip))
+            raise self._error("grad_clip", "a positive number or None", repr(clip))
         return float(clip)  # type: ignore[arg-type]
+
+
+_CHECKS: Mapping[str, Callable[[Problem, Any], object]] = {
+    "name": lambda _, value: _checked_name(value),
+    "module": Problem._checked_module,
+    "optimizer": Problem._checked_optimizer,
+    "data": Problem._checked_data,
+    "depends_on": Problem._checked_roles,
+    "constants": lambda p, value: p._checked_names("constants", value),
+    "hypergradient": Problem._checked_method,
+    "scheduler": Problem._checked_scheduler,
+    "steps": lambda p, value: p._checked_count("steps", value, 1),
+    "accumulate": lambda p, value: p._checked_count("accumulate", value, 1),
+    "warmup": lambda p, value: p._checked_count("warmup", value, 0),
+    "grad_clip": Problem._checked_clip,
+}
 
 
 class Dependencies:

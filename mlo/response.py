@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mlo.ambient import Autocast
-from mlo.errors import ConfigurationError
+from mlo.errors import ConfigurationError, EvaluationError
 from mlo.hypergradient import HypergradientMethod
 from mlo.hypergradient.scaling import missing_learning_rate
 from mlo.losses import checked_loss
@@ -63,9 +63,28 @@ class _BestResponse(torch.autograd.Function):
         saved: Vector = ctx.saved_tensors
         solution, inputs = saved[: node.size], saved[node.size :]
         needed = ctx.needs_input_grad[1 + node.size :]
-        given = tuple(torch.zeros_like(t) if c is None else c for c, t in zip(cotangents, solution, strict=True))
-        result = node.method.pullback(node.stage, given, solution, inputs, needed)
+        given = tuple(
+            torch.zeros_like(t) if c is None else c.to_dense() if c.is_sparse else c
+            for c, t in zip(cotangents, solution, strict=True)
+        )
+        try:
+            result = node.method.pullback(node.stage, given, solution, inputs, needed)
+        except RuntimeError as error:
+            if _NO_SECOND_DERIVATIVE in str(error):
+                raise _no_second_derivative(node, error) from error
+            raise
         return None, *(None,) * node.size, *(r if n else None for r, n in zip(result, needed, strict=True))
+
+
+_NO_SECOND_DERIVATIVE = "is not implemented"
+
+
+def _no_second_derivative(node: _Node, error: RuntimeError) -> EvaluationError:
+    return EvaluationError(
+        f"{node.stage.title} uses an operation that has no second derivative, which {type(node.method).__name__} needs "
+        f"(torch: {error}). Use FiniteDifference at this stage; or for attention, inside the loss, "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+    )
 
 
 class _FunctionalStage(StageFunction):
@@ -166,6 +185,11 @@ def best_response(
         raise ConfigurationError(
             f"best_response(method={method!r}): a warm start needs a place that outlives the call; pass "
             "warm_starts= with one dictionary that you keep."
+        )
+    if warm_starts is not None and not isinstance(warm_starts, MutableMapping):
+        raise ConfigurationError(
+            f"best_response(warm_starts={warm_starts!r}): expected a dictionary that you keep from call to call, "
+            "one for each stage."
         )
     stage = _FunctionalStage(loss, solution_structure, input_structure, (*thetas, *inputs), len(thetas), warm_starts)
     result = respond(stage, method, thetas, inputs)

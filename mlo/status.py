@@ -27,7 +27,7 @@ class Status(enum.Enum):
         "or loosen rtol to what you need."
     )
     NEGATIVE_CURVATURE = (
-        "A direction of no or negative curvature was met: the stage's Hessian is not positive definite at its "
+        "A direction of negative curvature was met: the stage's Hessian is not positive definite at its "
         "present solution. Train the stage further (more steps), regularise its loss, give the method damping, "
         "or use FiniteDifference, Identity or Dense, which do not need positive definiteness."
     )
@@ -36,13 +36,17 @@ class Status(enum.Enum):
         "eigenvalue of the stage's Hessian), or ConjugateGradient, which needs no scale."
     )
     SINGULAR = (
-        "The stage's Hessian is singular: its solution is not unique. Regularise the loss (weight decay, a "
+        "The stage's Hessian is singular to rounding: its solution is not unique. Regularise the loss (weight decay, a "
         "proximal term) or give the method damping."
     )
     NON_FINITE = (
         "The solve met NaN or infinite values. Look at the stage's loss and the upper loss at these parameters; "
         "lower the learning rates, clip gradients (grad_clip), or raise the precision."
     )
+
+    def __repr__(self) -> str:
+        """Return the name alone: the value is a paragraph."""
+        return f"Status.{self.name}"
 
     @property
     def remedy(self) -> str:

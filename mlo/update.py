@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mlo.errors import LossError
 from mlo.evaluation import TotalGradient
@@ -19,24 +19,25 @@ from mlo.vectors import norm
 def take_step(member: Member, gradient: Callable[[], TotalGradient]) -> tuple[TotalGradient, float]:
     """Let the problem's optimizer take one step; return the evaluation behind it and the gradient's norm.
 
-    `gradient` puts the total gradient into `.grad` of the problem's parameters, which is cleared before. An
-    exception in it, or a gradient that is not finite, leaves parameters and `.grad` as they were.
+    `gradient` puts the total gradient into `.grad` of the problem's parameters. Before, `.grad` of everything that the
+    optimizer holds is cleared: one left over from a time at which a parameter was not frozen would move it. An
+    exception in `gradient`, or a gradient that is not finite, leaves parameters and `.grad` as they were.
     """
     problem = member.problem
     assert problem.optimizer is not None
+    held = [p for group in problem.optimizer.param_groups for p in group["params"]]
 
     def evaluate() -> tuple[TotalGradient, float]:
-        for p in member.trainable:
+        for p in held:
             p.grad = None
         total = gradient()
         return total, _clipped_norm(member)
 
-    with _gradients_restored_on_error(member.trainable):
+    with _gradients_restored_on_error(held):
         if isinstance(problem.optimizer, torch.optim.LBFGS):
             return _step_with_closure(member, evaluate)
         result = evaluate()
     problem.optimizer.step()
-    _step_scheduler(member)
     return result
 
 
@@ -63,11 +64,11 @@ def _step_with_closure(
                 p.copy_(kept)
         optimizer.load_state_dict(state)
         raise
-    _step_scheduler(member)
     return first[0]
 
 
-def _step_scheduler(member: Member) -> None:
+def step_scheduler(member: Member) -> None:
+    """Step the learning-rate scheduler that belongs to an optimizer step."""
     scheduler = member.problem.scheduler
     if scheduler is not None and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         scheduler.step()
@@ -85,8 +86,9 @@ def _clipped_norm(member: Member) -> float:
         ]
         raise LossError(
             f"problem {member.name!r}: the gradient of its loss is not finite in the parameters {', '.join(bad)} while "
-            "the loss is; expected finite numbers, and no step was taken. Look for square roots, logarithms or "
-            "quotients at 0 in the loss, and at the solver reports of the stages below."
+            "the loss is; expected finite numbers, and no step was taken. Lower the learning rates if the losses "
+            "have been growing; look for square roots, logarithms or quotients at 0 in the loss, and at the solver "
+            "reports of the stages below."
         )
     if limit is not None:
         nn.utils.clip_grad_norm_(parameters, limit)
@@ -94,7 +96,7 @@ def _clipped_norm(member: Member) -> float:
 
 
 @contextmanager
-def _gradients_restored_on_error(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _gradients_restored_on_error(parameters: Sequence[Tensor]) -> Iterator[None]:
     before = [p.grad for p in parameters]
     try:
         yield

@@ -32,10 +32,21 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 def norm(a: Sequence[Tensor]) -> float:
     """Return the Euclidean norm over all entries of all tensors.
 
-    The norms of the tensors are combined by `math.hypot`, which neither overflows nor underflows.
+    It neither overflows nor underflows where the entries do not.
     """
     if not a:
         return 0.0
+    found = _norm(a)
+    if 0.0 < found < math.inf:
+        return found
+    # Squares may have left the range of the dtype: once more with the largest entry at 1.
+    largest = max(_numbers([x.abs().max() if x.numel() else x.new_zeros(()) for x in a]))
+    if not 0.0 < largest < math.inf:
+        return found
+    return _norm(scale(a, 1 / largest)) * largest
+
+
+def _norm(a: Sequence[Tensor]) -> float:
     if any(x.is_sparse or x.dtype in _LOW_PRECISION for x in a):
         a = [(x.coalesce().values() if x.is_sparse else x).float() for x in a]
     return math.hypot(*_numbers(torch._foreach_norm(list(a))))

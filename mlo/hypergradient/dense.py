@@ -91,6 +91,8 @@ def _separated(joined: Tensor, like: Vector) -> Vector:
 def _unit_vectors(like: Vector) -> Iterator[Vector]:
     for i, t in enumerate(like):
         for j in range(t.numel()):
-            unit = zeros_like(like)
-            unit[i].view(-1)[j] = 1
-            yield unit
+            unit = list(zeros_like(like))
+            entries = torch.zeros(t.numel(), dtype=t.dtype, device=t.device)
+            entries[j] = 1
+            unit[i] = entries.reshape(t.shape)
+            yield tuple(unit)

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from mlo.autodiff import gradients
-from mlo.errors import ConfigurationError
+from mlo.errors import ConfigurationError, EvaluationError
 from mlo.hypergradient.base import HypergradientMethod
 from mlo.hypergradient.options import is_number
 from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
 from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport, Status
 from mlo.vectors import Vector, add, norm, rounding_unit, scale
+
+# The two sides are looked at more closely where they differ by this share of the loss: a shift changes it by less.
+_SUSPICIOUS = 0.01
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,10 @@ class FiniteDifference(HypergradientMethod):
 
     Args:
         scale: the multiple, or `None` for the learning rate of each parameter group of the stage.
-        epsilon: length of the shift ‖εd‖, in the units of the parameters. `None`: ∛u·max(1, ‖θ‖) / 32, with u the
-            rounding unit of the parameters' dtype: the cube root balances the error of the difference (∝ ε²)
-            with that of rounding (∝ u/ε), and the factor is what small networks were measured to want.
+        epsilon: length of the shift ‖εd‖, in the units of the parameters. `None`: max(∛u/32, 32u)·max(1, ‖θ‖),
+            with u the rounding unit of the parameters' dtype: the cube root balances the error of the difference (∝ ε²)
+            with that of rounding (∝ u/ε), and 1/32 is what small networks were measured to want; 32u keeps the
+            shift of a 16-bit weight above its own rounding.
         on_breakdown: see `HypergradientMethod`. Breaks down on non-finite cotangents only.
 
     Raises:
@@ -109,13 +113,15 @@ class FiniteDifference(HypergradientMethod):
         status = Status.APPROXIMATE if math.isfinite(length) else Status.NON_FINITE
         self.settle(stage, SolveReport(stage.name, type(self).__name__, status, 0, None, 0))
         if length == 0:
-            return (None,) * len(inputs)
+            return tuple(torch.zeros_like(x) if n else None for x, n in zip(inputs, needed, strict=True))
         if not status.ok:
             return tuple(torch.full_like(x, math.nan) if n else None for x, n in zip(inputs, needed, strict=True))
         shift = self._shift_length(solution)
         x = leaves(inputs, needed)
-        ahead = _input_gradients(stage, add(solution, direction, shift / length), x)
-        behind = _input_gradients(stage, add(solution, direction, -shift / length), x)
+        here, ahead = _input_gradients(stage, add(solution, direction, shift / length), x)
+        there, behind = _input_gradients(stage, add(solution, direction, -shift / length), x)
+        if abs(here - there) > _SUSPICIOUS * max(abs(here), abs(there)):
+            self._check_repeatable(stage, here, add(solution, direction, shift / length), inputs)
         factor = -size * length / (2 * shift)
         return tuple(
             None if a is None and b is None else (_or_zero(a, t) - _or_zero(b, t)) * factor
@@ -133,16 +139,33 @@ class FiniteDifference(HypergradientMethod):
             return cotangents, signed[0]
         return scale(cotangents, signed), 1.0
 
+    @staticmethod
+    def _check_repeatable(stage: StageFunction, value: float, at: Vector, inputs: Sequence[Tensor]) -> None:
+        """Raise an error if the loss has another value in a second evaluation at the same point."""
+        with stage.evaluation(at, tuple(inputs)) as evaluate:
+            again = evaluate()
+        # Kernels that add up in no fixed order differ by rounding; another random draw differs by much more.
+        tolerance = math.sqrt(torch.finfo(again.dtype).eps) * max(abs(value), abs(again.item()))
+        if abs(value - again.item()) > tolerance:
+            raise EvaluationError(
+                f"FiniteDifference at stage {stage.name!r}: {stage.title} is {value} and then {again.item()} for the "
+                "same parameters, batch and random state; expected one function for both sides of a difference. Draw "
+                "from the global generators of torch, NumPy or Python, which are replayed, and not from one of your "
+                "own; or use a method with one evaluation per solve, such as Identity or Neumann."
+            )
+
     def _shift_length(self, solution: Sequence[Tensor]) -> float:
         if self.epsilon is not None:
             return self.epsilon
-        return float(rounding_unit(solution) ** (1 / 3)) * max(1.0, norm(solution)) / 32
+        unit = rounding_unit(solution)
+        return float(max(unit ** (1 / 3) / 32, 32 * unit) * max(1.0, norm(solution)))
 
 
-def _input_gradients(stage: StageFunction, shifted: Vector, x: Vector) -> tuple[Tensor | None, ...]:
-    """Return ∂L/∂x at the shifted solution."""
+def _input_gradients(stage: StageFunction, shifted: Vector, x: Vector) -> tuple[float, tuple[Tensor | None, ...]]:
+    """Return L and ∂L/∂x at the shifted solution."""
     with torch.enable_grad(), stage.evaluation(shifted, x) as evaluate:
-        return gradients([evaluate()], x)
+        loss = evaluate()
+        return loss.item(), gradients([loss], x)
 
 
 def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ import torch
 from torch import Tensor
 
 from mlo.autodiff import Point, Stationarity, evaluate_isolated, filled, gradients
+from mlo.errors import ConfigurationError
 from mlo.hypergradient.base import HypergradientMethod
 from mlo.linear_system import LinearSystem
 from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport, Status
-from mlo.vectors import Vector
+from mlo.vectors import Vector, norm, scale
+
+# Lengths whose squares are safe in every dtype that a solver works in.
+_SAFE = (1e-8, 1e8)
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,12 @@ class ImplicitMethod(HypergradientMethod):
         if torch.is_grad_enabled():
             return self._differentiable_pullback(stage, cotangents, solution, inputs)
         theta, x = leaves(solution), leaves(inputs, needed)
+        factor = _normalising_factor(cotangents)
         with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
-            system = LinearSystem(stage, evaluate, theta, cotangents, warm_start_key=stage.name)
+            system = LinearSystem(stage, evaluate, theta, scale(cotangents, factor), warm_start_key=stage.name)
             adjoint = self.solve_and_settle(stage, system)
             mixed = gradients(system.gradient, x, system.all_parameters(adjoint))
-        return tuple(None if m is None else -m for m in mixed)
+        return tuple(None if m is None else m * (-1 / factor) for m in mixed)
 
     def _differentiable_pullback(
         self, stage: StageFunction, cotangents: Sequence[Tensor], solution: Sequence[Tensor], inputs: Sequence[Tensor]
@@ -80,12 +86,23 @@ class ImplicitMethod(HypergradientMethod):
         point = Point(stage, len(solution), len(inputs))
         adjoint = _Solve.apply(self, point, False, *solution, *inputs, *cotangents)  # type: ignore[no-untyped-call]
         mixed = evaluate_isolated(_mixed_product, point, *solution, *inputs, *adjoint)
-        return tuple(-m for m in mixed)
+        return tuple(m.neg() if m.is_floating_point() else m for m in mixed)
+
+    def _checked(self, result: object, system: LinearSystem) -> Solution:
+        """Return what `solve` returned, if it is what `solve` must return."""
+        expected = [tuple(t.shape) for t in system.rhs]
+        if isinstance(result, Solution) and [tuple(t.shape) for t in result.vector] == expected:
+            return result
+        got = [tuple(t.shape) for t in result.vector] if isinstance(result, Solution) else type(result).__name__
+        raise ConfigurationError(
+            f"{type(self).__name__}.solve at stage {system.name!r}: expected an mlo.Solution whose vector has the "
+            f"shapes of system.rhs, {expected}; got {got}."
+        )
 
     def solve_and_settle(self, stage: StageFunction, system: LinearSystem) -> Vector:
         """Solve, record the report, apply the policy and keep λ for a warm start."""
         with torch.no_grad():
-            result = self.solve(system)
+            result = self._checked(self.solve(system), system)
         report = SolveReport(
             stage=stage.name,
             method=type(self).__name__,
@@ -107,17 +124,18 @@ class _Solve(torch.autograd.Function):
     def forward(ctx: Any, method: ImplicitMethod, point: Point, transposed: bool, *tensors: Tensor) -> Vector:
         solution, inputs, cotangents = point.split(tensors)
         theta, x = leaves(solution), leaves(inputs, False)
+        factor = _normalising_factor(cotangents)
         with torch.enable_grad(), point.stage.evaluation(theta, x) as evaluate:
             system = LinearSystem(
                 point.stage,
                 evaluate,
                 theta,
-                cotangents,
+                scale(cotangents, factor),
                 transposed=transposed and not method.assumes_symmetric,
                 # Solves for derivatives have right-hand sides of their own: nothing to start from.
                 warm_start_key=None if transposed else point.stage.name,
             )
-            adjoint = system.all_parameters(method.solve_and_settle(point.stage, system))
+            adjoint = scale(system.all_parameters(method.solve_and_settle(point.stage, system)), 1 / factor)
         ctx.method, ctx.point, ctx.transposed = method, point, transposed
         ctx.save_for_backward(*solution, *inputs, *adjoint)
         return adjoint
@@ -129,7 +147,15 @@ class _Solve(torch.autograd.Function):
         mu = _Solve.apply(method, point, not ctx.transposed, *solution, *inputs, *cotangents)  # type: ignore[no-untyped-call]
         left, right = (mu, adjoint) if ctx.transposed else (adjoint, mu)
         changes = evaluate_isolated(_bilinear_gradient, point, *solution, *inputs, *left, *right)
-        return None, None, None, *(-t for t in changes), *mu
+        return None, None, None, *(t.neg() if t.is_floating_point() else t for t in changes), *mu
+
+
+def _normalising_factor(cotangents: Sequence[Tensor]) -> float:
+    """Return a power of two that brings c near length 1 if its square could leave the range of its dtype."""
+    size = norm(cotangents)
+    if size == 0 or not math.isfinite(size) or _SAFE[0] < size < _SAFE[1]:
+        return 1.0
+    return 2.0 ** -round(math.log2(size))
 
 
 def _mixed_product(
