@@ -1,0 +1,52 @@
+"""Hypergradient methods by name, as the command line gives them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import fields
+
+import mlo
+from examples.nas_interleaving.settings import SettingsError
+
+METHODS: dict[str, type[mlo.HypergradientMethod]] = {
+    "finite-difference": mlo.FiniteDifference,
+    "neumann": mlo.Neumann,
+    "conjugate-gradient": mlo.ConjugateGradient,
+    "identity": mlo.Identity,
+    "stop-gradient": mlo.StopGradient,
+    "dense": mlo.Dense,
+}
+
+
+def parse_method(text: str) -> mlo.HypergradientMethod:
+    """Return the method that e.g. `"neumann:terms=5,scale=0.1"` describes."""
+    name, _, rest = text.partition(":")
+    if name not in METHODS:
+        raise SettingsError(f"method {text!r}: unknown name {name!r}; expected one of {', '.join(METHODS)}.")
+    kind = METHODS[name]
+    options = {}
+    for part in rest.split(",") if rest else ():
+        key, sign, value = part.partition("=")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise SettingsError(f"method {text!r}: expected option=value, got {part!r}.") from None
+        if not sign or key not in {f.name for f in fields(kind)}:
+            known = ", ".join(f.name for f in fields(kind)) or "none"
+            raise SettingsError(f"method {text!r}: unknown option {key!r}; {name} has {known}.")
+    return kind(**options)
+
+
+def stage_methods(texts: Sequence[str], stages: Sequence[str]) -> dict[str, mlo.HypergradientMethod]:
+    """Return each stage's method: a text without "=" before its options is for all stages, later ones win."""
+    chosen = dict.fromkeys(stages, parse_method("finite-difference"))
+    for text in texts:
+        stage, sign, method = text.partition("=")
+        if not sign or ":" in stage:  # the "=" is one of an option
+            chosen = dict.fromkeys(stages, parse_method(text))
+        elif stage in chosen:
+            chosen[stage] = parse_method(method)
+        else:
+            raise SettingsError(f"method {text!r}: unknown stage {stage!r}; the stages are {', '.join(stages)}.")
+    return chosen
