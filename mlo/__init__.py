@@ -30,6 +30,7 @@ from mlo.hypergradient import (
 )
 from mlo.linear_system import LinearSystem
 from mlo.problem import Problem
+from mlo.products import CentralDifferences, DoubleBackward, ForwardOverReverse
 from mlo.reports import ProblemReport, SolveSummary
 from mlo.response import best_response
 from mlo.status import SolveReport, Status
@@ -42,13 +43,16 @@ except PackageNotFoundError:  # a source tree that is not installed
 __all__ = [
     "BreakdownError",
     "BreakdownWarning",
+    "CentralDifferences",
     "ConfigurationError",
     "ConjugateGradient",
     "Dense",
     "DependencyError",
+    "DoubleBackward",
     "Engine",
     "EvaluationError",
     "FiniteDifference",
+    "ForwardOverReverse",
     "GraphError",
     "HypergradientMethod",
     "Identity",

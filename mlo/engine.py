@@ -13,9 +13,9 @@ from torch import Tensor
 from mlo.errors import BreakdownError, ConfigurationError, GraphError, MloWarning, UnusedDependencyWarning
 from mlo.evaluation import Evaluation, accumulate_total_gradient, number
 from mlo.graph import ProblemGraph
-from mlo.hypergradient.options import is_count
 from mlo.member import Member, MicroBatch
 from mlo.optimizer_facts import warn_of_unknown_decay
+from mlo.options import is_count
 from mlo.problem import FIXED_OPTIONS, Problem
 from mlo.random_state import RandomState, preserved
 from mlo.reports import Outcome, ProblemReport, summarised

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from mlo.ambient import Autocast
 from mlo.autodiff import gradients
+from mlo.autograd_graph import reject_first_order_operations, reject_reentrant_checkpoints
 from mlo.errors import EvaluationError, LossError
 from mlo.frame import Frame
 from mlo.graph import ProblemGraph
@@ -135,7 +136,10 @@ class Evaluation:
 
     def reject_bypasses(self, member: Member, loss: Tensor, own_parameters: bool) -> None:
         """Raise an error if a loss reaches parameters themselves where it should see what is bound for them."""
-        _reject_reentrant_checkpoints(member, loss)
+        reject_reentrant_checkpoints(loss, title(member))
+        method = self.graph.method(member.name)
+        if not own_parameters and self.graph.readers(member.name) and method.needs_second_derivatives:
+            reject_first_order_operations(loss, title(member), type(method).__name__)
         others = [m for m in self.members.values() if not (own_parameters and m is member)]
         at = [p for m in others for p in m.trainable]
         found = iter(gradients([loss], at, retain_graph=True))
@@ -157,23 +161,6 @@ def _bypass(member: Member, owner: Member, parameter: str, direct: Sequence[str]
         f"the loss of problem {member.name!r} reaches the parameter {parameter!r} of problem {owner.name!r} past the "
         f"engine, so that its gradient would be lost; expected access by self or self.deps. {remedy}."
     )
-
-
-def _reject_reentrant_checkpoints(member: Member, loss: Tensor) -> None:
-    """Raise an error if the loss's graph holds a checkpoint that a backward pass to given inputs leaves out."""
-    pending, seen = [loss.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise EvaluationError(
-                f"the loss of problem {member.name!r} uses torch.utils.checkpoint with use_reentrant=True, whose "
-                "parameters are unknown to autograd, so that their gradients would be lost; expected "
-                "checkpoint(..., use_reentrant=False)."
-            )
-        pending += [following for following, _ in node.next_functions]
 
 
 def _reject_hidden_gradients(member: Member, own: Sequence[Tensor], has_responses: bool) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from mlo.autodiff import filled, gradients
+from mlo.products.base import Linearisation
 from mlo.stage_function import StageFunction
 from mlo.vectors import Vector, zeros_like
 
@@ -15,42 +14,39 @@ from mlo.vectors import Vector, zeros_like
 class LinearSystem:
     """Hᵀ λ = c (or H λ = c) with H = ∂g/∂θ and g the stationarity equation of a stage.
 
-    The loss is evaluated once and its graph is kept for all products. Parameters
-    that the loss does not reach are left out: `rhs`, `product` and a solution hold one tensor for each
+    Parameters that the loss does not reach are left out: `rhs`, `product` and a solution hold one tensor for each
     parameter that takes part.
 
     Attributes:
         name: the stage's name.
         products: how many Hessian–vector products have been formed.
-        gradient: g at the solution, as a differentiable function; `None` for parameters that the loss does not
-            reach.
+        gradient: g at the solution; `None` for parameters that the loss does not reach.
 
     """
 
     def __init__(
         self,
         stage: StageFunction,
-        evaluate: Callable[[], Tensor],
+        linearisation: Linearisation,
         solution: Sequence[Tensor],
         cotangents: Sequence[Tensor],
         *,
         transposed: bool = False,
         warm_start_key: str | None = None,
     ) -> None:
-        """Set up the system at a solution that is bound already; `transposed` asks for H instead of Hᵀ."""
+        """Set up the system at a solution; `transposed` asks for H instead of Hᵀ."""
         self.name = stage.name
         self.products = 0
-        self._stage, self._solution = stage, tuple(solution)
+        self.gradient = linearisation.gradient
+        self._stage, self._linearisation, self._solution = stage, linearisation, tuple(solution)
         self._cotangents = tuple(cotangents)
         self._transposed = transposed
         self._warm_start_key = warm_start_key
-        self.gradient = stage.gradient(evaluate(), self._solution)
-        self._probe: tuple[Vector, Vector] | None = None
 
     @property
     def rhs(self) -> Vector:
         """The right-hand side c."""
-        return self._taking_part(self._cotangents)
+        return self._linearisation.taking_part(self._cotangents)
 
     @property
     def learning_rates(self) -> tuple[float, ...] | None:
@@ -67,7 +63,7 @@ class LinearSystem:
         kept = store[key]
         if [t.shape for t in kept] != [t.shape for t in self._solution]:  # parameters were frozen or unfrozen since
             return None
-        return self._taking_part(kept)
+        return self._linearisation.taking_part(kept)
 
     def keep(self, solution: Sequence[Tensor]) -> None:
         """Keep a solution for the warm start of the next step (nothing happens where none can follow)."""
@@ -75,23 +71,13 @@ class LinearSystem:
             self._stage.warm_starts[self._warm_start_key] = self.all_parameters(solution)
 
     def product(self, vector: Sequence[Tensor]) -> Vector:
-        """Return Hᵀ·vector (H·vector if the system is the transposed one). Cost: one reverse pass."""
+        """Return Hᵀ·vector (H·vector if the system is the transposed one)."""
         self.products += 1
-        at, g = self._taking_part(self._solution), self._taking_part(self.gradient)
-        if not self._transposed:
-            return filled(gradients(g, at, tuple(vector), retain_graph=True), at)
-        if self._probe is None:
-            # H·v is the derivative of Hᵀ·w in w, which is linear: any w will do.
-            w = tuple(torch.zeros_like(t, requires_grad=True) for t in at)
-            self._probe = w, filled(gradients(g, at, w, create_graph=True, retain_graph=True), at)
-        w, transposed_product = self._probe
-        return filled(gradients(transposed_product, w, tuple(vector), retain_graph=True), at)
+        form = self._linearisation.transposed_product if self._transposed else self._linearisation.product
+        return form(vector)
 
     def all_parameters(self, vector: Sequence[Tensor]) -> Vector:
         """Return `vector` with zeros for the parameters that take no part."""
         given = iter(vector)
         zero = zeros_like(self._solution)
         return tuple(z if g is None else next(given) for g, z in zip(self.gradient, zero, strict=True))
-
-    def _taking_part(self, tensors: Sequence[Tensor | None]) -> Vector:
-        return tuple(t for t, g in zip(tensors, self.gradient, strict=True) if g is not None and t is not None)

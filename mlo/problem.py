@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mlo.errors import ConfigurationError, DependencyError
 from mlo.frame import Frame, Parameters
 from mlo.hypergradient import HypergradientMethod
-from mlo.hypergradient.options import is_count, is_number
+from mlo.options import is_count, is_number
 
 #: What an engine builds upon, and what may change between its steps.
 FIXED_OPTIONS = ("name", "module", "optimizer", "data", "depends_on", "constants", "hypergradient")

@@ -22,6 +22,8 @@ class SolveSummary:
         iterations: steps of the solvers in total.
         worst_residual: the largest relative residual, `None` where the method forms none.
         statuses: how often each status ended a solve.
+        gradient_norm: the largest norm of the stage's own gradient where its response was taken: how far from solved
+            it is; `None` where the method does not form it.
 
     """
 
@@ -30,6 +32,7 @@ class SolveSummary:
     iterations: int
     worst_residual: float | None
     statuses: Mapping[Status, int]
+    gradient_norm: float | None = None
 
     @classmethod
     def of(cls, reports: Sequence[SolveReport]) -> SolveSummary:
@@ -44,6 +47,7 @@ class SolveSummary:
             iterations=sum(r.iterations for r in reports),
             worst_residual=max(residuals, default=None),
             statuses=statuses,
+            gradient_norm=max((r.gradient_norm for r in reports if r.gradient_norm is not None), default=None),
         )
 
     @property

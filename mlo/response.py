@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mlo.ambient import Autocast
-from mlo.errors import ConfigurationError, EvaluationError
+from mlo.autograd_graph import no_second_derivative, reject_first_order_operations
+from mlo.errors import ConfigurationError, MloError
 from mlo.hypergradient import HypergradientMethod
 from mlo.hypergradient.scaling import missing_learning_rate
 from mlo.losses import checked_loss
@@ -22,6 +23,9 @@ from mlo.status import SolveReport
 from mlo.vectors import Vector
 
 Tree = TypeVar("Tree")
+
+# How torch says that an operation has no second derivative, in reverse or in forward mode.
+_MISSING_DERIVATIVE = ("is not implemented", "once_differentiable", "forward AD", "forward mode AD")
 
 
 @dataclass(frozen=True)
@@ -70,21 +74,11 @@ class _BestResponse(torch.autograd.Function):
         try:
             result = node.method.pullback(node.stage, given, solution, inputs, needed)
         except RuntimeError as error:
-            if _NO_SECOND_DERIVATIVE in str(error):
-                raise _no_second_derivative(node, error) from error
+            if not isinstance(error, MloError) and any(text in str(error) for text in _MISSING_DERIVATIVE):
+                kind = type(node.method).__name__
+                raise no_second_derivative(node.stage.title, kind, str(error).partition("\n")[0]) from error
             raise
         return None, *(None,) * node.size, *(r if n else None for r, n in zip(result, needed, strict=True))
-
-
-_NO_SECOND_DERIVATIVE = "is not implemented"
-
-
-def _no_second_derivative(node: _Node, error: RuntimeError) -> EvaluationError:
-    return EvaluationError(
-        f"{node.stage.title} uses an operation that has no second derivative, which {type(node.method).__name__} needs "
-        f"(torch: {error}). Use FiniteDifference at this stage; or for attention, inside the loss, "
-        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-    )
 
 
 class _FunctionalStage(StageFunction):
@@ -101,8 +95,10 @@ class _FunctionalStage(StageFunction):
         tensors: Sequence[Tensor],
         size: int,
         warm_starts: MutableMapping[str, Vector] | None,
+        method: HypergradientMethod,
     ) -> None:
-        self._loss = loss
+        self._loss, self._method = loss, method
+        self._inspected = False
         self._structures = solution_structure, input_structure
         self._devices = tuple(dict.fromkeys(t.device for t in tensors))
         self._random = RandomState.capture(self._devices)
@@ -120,7 +116,11 @@ class _FunctionalStage(StageFunction):
 
         def evaluate() -> Tensor:
             self._random.restore()
-            return checked_loss(self._loss(*arguments), self.title)
+            loss = checked_loss(self._loss(*arguments), self.title)
+            if self._method.needs_second_derivatives and not self._inspected:
+                self._inspected = True
+                reject_first_order_operations(loss, self.title, type(self._method).__name__)
+            return loss
 
         with preserved(self._devices), self._autocast.restored():
             yield evaluate
@@ -191,7 +191,9 @@ def best_response(
             f"best_response(warm_starts={warm_starts!r}): expected a dictionary that you keep from call to call, "
             "one for each stage."
         )
-    stage = _FunctionalStage(loss, solution_structure, input_structure, (*thetas, *inputs), len(thetas), warm_starts)
+    stage = _FunctionalStage(
+        loss, solution_structure, input_structure, (*thetas, *inputs), len(thetas), warm_starts, method
+    )
     result = respond(stage, method, thetas, inputs)
     return pytree.tree_unflatten(list(result), solution_structure)  # type: ignore[no-any-return]
 

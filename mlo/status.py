@@ -71,6 +71,9 @@ class SolveReport:
         relative_residual: ‖c − Hλ‖ / ‖c‖ as the solver knows it, dimensionless; `None` where the
             method does not form it.
         products: Hessian–vector products spent, those of setting up the solve included.
+        gradient_norm: ‖g‖, the Euclidean norm of the stage's own gradient (the optimizer's L2 decay included) where
+            its response was taken: how far from solved the stage is. The implicit function theorem assumes 0. `None`
+            where the method does not form it.
 
     """
 
@@ -80,6 +83,7 @@ class SolveReport:
     iterations: int
     relative_residual: float | None
     products: int
+    gradient_norm: float | None = None
 
     @property
     def converged(self) -> bool:
@@ -89,7 +93,8 @@ class SolveReport:
     def __str__(self) -> str:
         """Return one line with the figures, without the remedy."""
         residual = "not formed" if self.relative_residual is None else f"{self.relative_residual:.1e}"
+        distance = "" if self.gradient_norm is None else f", gradient norm of the stage {self.gradient_norm:.1e}"
         return (
             f"{self.stage}: {self.method} {self.status.name}, {self.iterations} iterations, "
-            f"{self.products} products, relative residual {residual}"
+            f"{self.products} products, relative residual {residual}{distance}"
         )

@@ -319,7 +319,7 @@ def test_a_reentrant_checkpoint_is_refused():
         return (out - p.deps.top.params["w"].sum()).square().mean() + p.params["2.weight"].square().sum()
 
     engine = two_levels(low_loss, lambda p, _: p.deps.low(x).square().mean(), low=net)
-    with pytest.raises(mlo.EvaluationError, match=r"'low' uses .* use_reentrant=False"):
+    with pytest.raises(mlo.EvaluationError, match=r"'low'.* uses .* use_reentrant=False"):
         engine.step()
 
 
@@ -489,7 +489,7 @@ def test_an_operation_without_second_derivative_is_named_with_the_way_out():
 
     low, top = Holder(*[0.1] * 8), Holder(*[0.2] * 8)
     engine = two_levels(low_loss, low=low, top=top)
-    with pytest.raises(mlo.EvaluationError, match=r"'low'.* no second derivative, which ConjugateGradient needs.*MATH"):
+    with pytest.raises(mlo.EvaluationError, match=r"'low'.* second derivative that ConjugateGradient needs.*MATH"):
         engine.hypergradient("top")
     found = two_levels(low_loss, low=low, top=top, method=mlo.FiniteDifference(scale=0.5)).hypergradient("top")["w"]
     assert math.isfinite(found.norm().item())

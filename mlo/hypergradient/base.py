@@ -53,6 +53,11 @@ class HypergradientMethod(ABC):
         return False
 
     @property
+    def needs_second_derivatives(self) -> bool:
+        """Whether every operation of the stage's loss must have a second derivative."""
+        return False
+
+    @property
     def keeps_solutions(self) -> bool:
         """Whether solves start from the solution of the step before."""
         return False

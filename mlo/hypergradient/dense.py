@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mlo.errors import ConfigurationError
 from mlo.hypergradient.implicit import ImplicitMethod, Solution
-from mlo.hypergradient.options import is_count
 from mlo.linear_system import LinearSystem
+from mlo.options import is_count
 from mlo.status import Status
 from mlo.vectors import Vector, zeros_like
 

@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from mlo.autodiff import gradients
-from mlo.errors import ConfigurationError, EvaluationError
 from mlo.hypergradient.base import HypergradientMethod
-from mlo.hypergradient.options import is_number
+from mlo.hypergradient.first_order import first_order_only
 from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
+from mlo.options import is_number
+from mlo.products.central_differences import both_sides, differences, shift_length
 from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport, Status
-from mlo.vectors import Vector, add, norm, rounding_unit, scale
-
-# The two sides are looked at more closely where they differ by this share of the loss: a shift changes it by less.
-_SUSPICIOUS = 0.01
+from mlo.vectors import norm, scale
 
 
 @dataclass(frozen=True)
@@ -93,11 +90,7 @@ class FiniteDifference(HypergradientMethod):
         """Return the central difference."""
         with torch.no_grad():
             result = self._central_difference(stage, cotangents, solution, inputs, needed)
-        if not torch.is_grad_enabled():
-            return result
-        live = [r for r in result if r is not None]
-        guarded = iter(_FirstOrderOnly.apply(stage.name, len(live), *live, *cotangents, *solution, *inputs))  # type: ignore[no-untyped-call]
-        return tuple(None if r is None else next(guarded) for r in result)
+        return first_order_only(self, stage, result, (*cotangents, *solution, *inputs))
 
     def _central_difference(
         self,
@@ -116,17 +109,10 @@ class FiniteDifference(HypergradientMethod):
             return tuple(torch.zeros_like(x) if n else None for x, n in zip(inputs, needed, strict=True))
         if not status.ok:
             return tuple(torch.full_like(x, math.nan) if n else None for x, n in zip(inputs, needed, strict=True))
-        shift = self._shift_length(solution)
+        shift = self.epsilon or shift_length(solution)
         x = leaves(inputs, needed)
-        here, ahead = _input_gradients(stage, add(solution, direction, shift / length), x)
-        there, behind = _input_gradients(stage, add(solution, direction, -shift / length), x)
-        if abs(here - there) > _SUSPICIOUS * max(abs(here), abs(there)):
-            self._check_repeatable(stage, here, add(solution, direction, shift / length), inputs)
-        factor = -size * length / (2 * shift)
-        return tuple(
-            None if a is None and b is None else (_or_zero(a, t) - _or_zero(b, t)) * factor
-            for a, b, t in zip(ahead, behind, x, strict=True)
-        )
+        ahead, behind = both_sides(stage, solution, direction, shift / length, x, want_theta=False)
+        return differences(ahead.x, behind.x, -size * length / (2 * shift))
 
     @staticmethod
     def _direction(
@@ -138,51 +124,3 @@ class FiniteDifference(HypergradientMethod):
         if len(set(signed)) == 1:
             return cotangents, signed[0]
         return scale(cotangents, signed), 1.0
-
-    @staticmethod
-    def _check_repeatable(stage: StageFunction, value: float, at: Vector, inputs: Sequence[Tensor]) -> None:
-        """Raise an error if the loss has another value in a second evaluation at the same point."""
-        with stage.evaluation(at, tuple(inputs)) as evaluate:
-            again = evaluate()
-        # Kernels that add up in no fixed order differ by rounding; another random draw differs by much more.
-        tolerance = math.sqrt(torch.finfo(again.dtype).eps) * max(abs(value), abs(again.item()))
-        if abs(value - again.item()) > tolerance:
-            raise EvaluationError(
-                f"FiniteDifference at stage {stage.name!r}: {stage.title} is {value} and then {again.item()} for the "
-                "same parameters, batch and random state; expected one function for both sides of a difference. Draw "
-                "from the global generators of torch, NumPy or Python, which are replayed, and not from one of your "
-                "own; or use a method with one evaluation per solve, such as Identity or Neumann."
-            )
-
-    def _shift_length(self, solution: Sequence[Tensor]) -> float:
-        if self.epsilon is not None:
-            return self.epsilon
-        unit = rounding_unit(solution)
-        return float(max(unit ** (1 / 3) / 32, 32 * unit) * max(1.0, norm(solution)))
-
-
-def _input_gradients(stage: StageFunction, shifted: Vector, x: Vector) -> tuple[float, tuple[Tensor | None, ...]]:
-    """Return L and ∂L/∂x at the shifted solution."""
-    with torch.enable_grad(), stage.evaluation(shifted, x) as evaluate:
-        loss = evaluate()
-        return loss.item(), gradients([loss], x)
-
-
-def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if gradient is None else gradient
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """The identity on its first tensors, whose derivative is an error instead of silently zero."""
-
-    @staticmethod
-    def forward(ctx: Any, stage: str, count: int, *tensors: Tensor) -> Vector:
-        ctx.stage = stage
-        return tuple(t.clone() for t in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        raise ConfigurationError(
-            f"FiniteDifference at stage {ctx.stage!r} is differentiated again, which central differences of first "
-            "derivatives cannot give. Use ConjugateGradient, Neumann or Identity at this stage."
-        )

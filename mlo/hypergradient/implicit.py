@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 from mlo.autodiff import Point, Stationarity, evaluate_isolated, filled, gradients
 from mlo.errors import ConfigurationError
 from mlo.hypergradient.base import HypergradientMethod
+from mlo.hypergradient.first_order import first_order_only
 from mlo.linear_system import LinearSystem
-from mlo.stage_function import StageFunction, leaves
+from mlo.products import DoubleBackward, Product
+from mlo.stage_function import StageFunction
 from mlo.status import SolveReport, Status
 from mlo.vectors import Vector, norm, scale
 
@@ -43,10 +45,15 @@ class Solution:
 
 @dataclass(frozen=True)
 class ImplicitMethod(HypergradientMethod):
-    """A method that solves Hᵀ λ = c and returns −Gᵀ λ, with products by double backward.
+    """A method that solves Hᵀ λ = c and returns −Gᵀ λ.
 
-    A subclass implements `solve`, and nothing else. The graph of the stage's gradient is built once for
-    all products of a solve.
+    A subclass implements `solve`, and nothing else.
+
+    Args:
+        product: how the products with H and G are formed: `DoubleBackward()` (the default), `ForwardOverReverse()` or
+            `CentralDifferences()`. The last two cannot be differentiated again, and are refused at stages of a nested
+            graph that need it.
+        on_breakdown: see `HypergradientMethod`.
 
     When the result is differentiated in its turn (a stage above whose loss contains this response), the
     derivative of λ = H⁻ᵀ c is λ' = H⁻ᵀ (c' − H'ᵀ λ): another solve by the same method, with the
@@ -54,8 +61,31 @@ class ImplicitMethod(HypergradientMethod):
     convention, exact at convergence.
     """
 
+    product: Product = field(default=DoubleBackward(), kw_only=True)
+
     #: Whether the solver takes H for symmetric; it then never sees the transposed operator.
     assumes_symmetric: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if not isinstance(self.product, Product):
+            raise self.option_error("product", "DoubleBackward(), ForwardOverReverse() or CentralDifferences()")
+
+    @property
+    def differentiable(self) -> bool:  # type: ignore[override]
+        """Whether the backward rule can itself be differentiated."""
+        return self.product.differentiable
+
+    @property
+    def needs_second_derivatives(self) -> bool:
+        """Whether every operation of the stage's loss must have a second derivative."""
+        return isinstance(self.product, DoubleBackward)
+
+    @property
+    def allows_internal_responses(self) -> bool:  # type: ignore[override]
+        """Whether the stage's own loss may contain responses that depend on the stage."""
+        return self.product.differentiable
 
     @abstractmethod
     def solve(self, system: LinearSystem) -> Solution:
@@ -70,15 +100,15 @@ class ImplicitMethod(HypergradientMethod):
         needed: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """Return −Gᵀ H⁻ᵀ c."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.differentiable:
             return self._differentiable_pullback(stage, cotangents, solution, inputs)
-        theta, x = leaves(solution), leaves(inputs, needed)
         factor = _normalising_factor(cotangents)
-        with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
-            system = LinearSystem(stage, evaluate, theta, scale(cotangents, factor), warm_start_key=stage.name)
+        with torch.no_grad(), self.product.linearised(stage, solution, inputs, needed) as linearisation:
+            system = LinearSystem(stage, linearisation, solution, scale(cotangents, factor), warm_start_key=stage.name)
             adjoint = self.solve_and_settle(stage, system)
-            mixed = gradients(system.gradient, x, system.all_parameters(adjoint))
-        return tuple(None if m is None else m * (-1 / factor) for m in mixed)
+            mixed = linearisation.mixed_product(adjoint)
+        result = tuple(None if m is None else m * (-1 / factor) for m in mixed)
+        return first_order_only(self, stage, result, (*cotangents, *solution, *inputs))
 
     def _differentiable_pullback(
         self, stage: StageFunction, cotangents: Sequence[Tensor], solution: Sequence[Tensor], inputs: Sequence[Tensor]
@@ -110,6 +140,7 @@ class ImplicitMethod(HypergradientMethod):
             iterations=result.iterations,
             relative_residual=result.relative_residual,
             products=system.products,
+            gradient_norm=norm([g for g in system.gradient if g is not None]),
         )
         self.settle(stage, report)
         if self.keeps_solutions and result.status.ok:
@@ -123,13 +154,13 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, method: ImplicitMethod, point: Point, transposed: bool, *tensors: Tensor) -> Vector:
         solution, inputs, cotangents = point.split(tensors)
-        theta, x = leaves(solution), leaves(inputs, False)
         factor = _normalising_factor(cotangents)
-        with torch.enable_grad(), point.stage.evaluation(theta, x) as evaluate:
+        wanted = [False] * len(inputs)
+        with method.product.linearised(point.stage, solution, inputs, wanted) as linearisation:
             system = LinearSystem(
                 point.stage,
-                evaluate,
-                theta,
+                linearisation,
+                solution,
                 scale(cotangents, factor),
                 transposed=transposed and not method.assumes_symmetric,
                 # Solves for derivatives have right-hand sides of their own: nothing to start from.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mlo.errors import ConfigurationError
 from mlo.hypergradient.base import HypergradientMethod
-from mlo.hypergradient.options import is_number
 from mlo.linear_system import LinearSystem
+from mlo.options import is_number
 from mlo.stage_function import StageFunction
 
 Scale = float | None

@@ -1,0 +1,67 @@
+"""Products by reverse mode over reverse mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mlo.autodiff import filled, gradients
+from mlo.products.base import Linearisation, Product
+from mlo.stage_function import StageFunction, leaves
+from mlo.vectors import Vector
+
+
+@dataclass(frozen=True)
+class DoubleBackward(Product):
+    """Hᵀv = ∂(g·v)/∂θ and Gᵀv = ∂(g·v)/∂x by a second reverse pass over the graph of g = ∂L/∂θ.
+
+    Exact to rounding. The loss is evaluated once, and one graph serves all products of a solve.
+
+    Cost: one forward and one reverse pass to set up, one reverse pass through the graph of the gradient (about two
+    reverse passes through the loss) per product; the memory of that graph.
+
+    Needs second derivatives of every operation in the loss. The only product that can itself be differentiated,
+    which nested graphs need.
+
+    Source: Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6, 1994.
+    """
+
+    differentiable: ClassVar[bool] = True
+
+    @contextmanager
+    def linearised(
+        self, stage: StageFunction, solution: Sequence[Tensor], inputs: Sequence[Tensor], needed: Sequence[bool]
+    ) -> Iterator[Linearisation]:
+        """Build the graph of the gradient."""
+        theta, x = leaves(solution), leaves(inputs, needed)
+        with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
+            yield _RetainedGraph(stage, evaluate, theta, x)
+
+
+class _RetainedGraph(Linearisation):
+    def __init__(self, stage: StageFunction, evaluate: Callable[[], Tensor], theta: Vector, x: Vector) -> None:
+        self.gradient = stage.gradient(evaluate(), theta)
+        self._theta, self._x = self.taking_part(theta), x
+        self._g = self.taking_part(self.gradient)
+        self._probe: tuple[Vector, Vector] | None = None
+
+    def product(self, vector: Sequence[Tensor]) -> Vector:
+        return filled(gradients(self._g, self._theta, tuple(vector), retain_graph=True), self._theta)
+
+    def transposed_product(self, vector: Sequence[Tensor]) -> Vector:
+        if self._probe is None:
+            # H·v is the derivative of Hᵀ·w in w, which is linear: any w will do.
+            w = tuple(torch.zeros_like(t, requires_grad=True) for t in self._theta)
+            with torch.enable_grad():
+                linear = gradients(self._g, self._theta, w, create_graph=True, retain_graph=True)
+            self._probe = w, filled(linear, self._theta)
+        w, transposed = self._probe
+        return filled(gradients(transposed, w, tuple(vector), retain_graph=True), self._theta)
+
+    def mixed_product(self, vector: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        return gradients(self._g, self._x, tuple(vector))
