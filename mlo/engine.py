@@ -13,12 +13,13 @@ from torch import Tensor
 from mlo.errors import BreakdownError, ConfigurationError, GraphError, MloWarning, UnusedDependencyWarning
 from mlo.evaluation import Evaluation, accumulate_total_gradient, number
 from mlo.graph import ProblemGraph
-from mlo.member import Member, MicroBatch
+from mlo.member import Member
 from mlo.optimizer_facts import warn_of_unknown_decay
 from mlo.options import is_count
 from mlo.problem import FIXED_OPTIONS, Problem
-from mlo.random_state import RandomState, preserved
+from mlo.random_state import preserved
 from mlo.reports import Outcome, ProblemReport, summarised
+from mlo.solve_batches import Previews, SolveBatches, with_present_state
 from mlo.stage_function import leaves
 from mlo.status import SolveReport
 from mlo.update import step_scheduler, take_step
@@ -134,7 +135,7 @@ class Engine:
     def _update(self, member: Member) -> None:
         """Take one optimizer step."""
         batches = member.feed.next_batches(member.problem.accumulate)
-        evaluation = Evaluation(self.graph, self._members, _last_batches, self._warm_starts, self._solves[member.name])
+        evaluation = Evaluation(self.graph, self._members, SolveBatches(), self._warm_starts, self._solves[member.name])
         try:
             total, size = take_step(
                 member, lambda: accumulate_total_gradient(evaluation, member, member.trainable, batches, None)
@@ -171,8 +172,7 @@ class Engine:
             self._note_batches(member, member.feed.next_batches(member.problem.accumulate))
 
     def _note_batches(self, member: Member, batches: Sequence[object]) -> None:
-        state = RandomState.capture(member.devices, host=member.draws_from_host)
-        member.micro_batches = [(batch, state) for batch in batches]
+        member.micro_batches = with_present_state(member, batches)
 
     def run(self, steps: int, *, validate_every: int | None = None, callbacks: Sequence[Callback] = ()) -> Reports:
         """Make `steps` steps and return the reports of the last one.
@@ -280,24 +280,15 @@ class Engine:
             )
         self._refresh_members()
         member = self._members[name]
-        previews: dict[str, list[MicroBatch]] = {}
-
-        def batches(m: Member) -> list[MicroBatch]:
-            if m.micro_batches is not None:
-                return m.micro_batches
-            if m.name not in previews:
-                state = RandomState.capture(m.devices)
-                previews[m.name] = [(b, state) for b in m.feed.preview(m.problem.accumulate, m.devices)]
-            return previews[m.name]
-
+        previews = Previews(member)
         involved = [self._members[d] for d in (*self.graph.responses(name), *self.graph.direct(name), name)]
         devices = dict.fromkeys(d for m in involved for d in m.devices)
         own = leaves(member.trainable)
-        evaluation = Evaluation(self.graph, self._members, batches, dict(self._warm_starts), [])
+        evaluation = Evaluation(self.graph, self._members, previews, dict(self._warm_starts), [])
         with preserved(devices), self._training_modes_kept(), _differentiating():
-            used = batches(member)
-            for m in involved:  # previews are drawn before any loss is evaluated
-                batches(m)
+            used = previews(member)
+            for m in involved:  # all are drawn before any loss is evaluated
+                previews(m)
             accumulate_total_gradient(evaluation, member, own, [b for b, _ in used], [s for _, s in used])
         return {
             n: torch.zeros_like(p) if t.grad is None else t.grad
@@ -381,11 +372,6 @@ class Engine:
                     UnusedDependencyWarning,
                     stacklevel=4,
                 )
-
-
-def _last_batches(member: Member) -> list[MicroBatch]:
-    assert member.micro_batches is not None, member.name  # responses are made fresh before they are read
-    return member.micro_batches
 
 
 @contextmanager

@@ -43,7 +43,9 @@ class Member:
         facts: what the optimizer says about them.
         devices: the devices of the parameters.
         feed: the problem's batches.
-        micro_batches: those of its last step, the ones that its response is differentiated on.
+        micro_batches: those of its last step.
+        solve_feed: where the batches for solves come from if they are not those of the last step, else `None`.
+        solve_micro_batches: the last ones that came from there.
         fresh: whether the problem is solved for the present values of the problems above.
         has_stepped: whether it has taken an optimizer step in this engine.
         in_training: when its loss is checked for what users must not do in it, in training steps.
@@ -58,10 +60,22 @@ class Member:
         self.name = problem.name
         self.feed = DataFeed(problem.name, problem.data)
         self.micro_batches: list[MicroBatch] | None = None
+        self.solve_micro_batches: list[MicroBatch] | None = None
+        self._own_solve_feed = None if problem.solve_data is None else DataFeed(problem.name, problem.solve_data)
         self.fresh = False
         self.has_stepped = False
         self.draws_from_host = False
         self._find_parameters()
+
+    @property
+    def solve_feed(self) -> DataFeed | None:
+        """Where the batches for solves come from if they are not those of the last step."""
+        return self._own_solve_feed or (None if self.problem.solve_batches is None else self.feed)
+
+    @property
+    def solve_count(self) -> int:
+        """How many batches a solve takes from `solve_feed`."""
+        return self.problem.solve_batches or 1
 
     def refresh(self) -> bool:
         """Find the parameters anew if one was frozen, unfrozen or replaced; return whether that was so."""

@@ -17,8 +17,8 @@ from mlo.hypergradient import HypergradientMethod
 from mlo.options import is_count, is_number
 
 #: What an engine builds upon, and what may change between its steps.
-FIXED_OPTIONS = ("name", "module", "optimizer", "data", "depends_on", "constants", "hypergradient")
-_ADJUSTABLE = ("steps", "accumulate", "warmup", "scheduler", "grad_clip")
+FIXED_OPTIONS = ("name", "module", "optimizer", "data", "depends_on", "constants", "hypergradient", "solve_data")
+_ADJUSTABLE = ("steps", "accumulate", "warmup", "scheduler", "grad_clip", "solve_batches")
 _RESERVED = (*FIXED_OPTIONS, *_ADJUSTABLE, "params", "deps", "__call__", "__setattr__")
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
@@ -51,6 +51,10 @@ class Problem(ABC):
         accumulate: number of batches whose mean loss makes one step.
         constants: names of earlier problems whose present value is taken as given, where a response that is
             read depends on them (see `mlo.Engine`).
+        solve_batches: number of batches whose mean loss gives the Hessian and the mixed products of a hypergradient
+            through this stage, drawn anew for each one from `data`. `None`: the batches of the stage's last step.
+        solve_data: a stream of its own, in place of `data`, for these batches (one of them, if `solve_batches` is
+            `None`); re-iterable like `data`.
         warmup: number of engine steps in which the problem takes no steps, while those below it train.
 
     Raises:
@@ -78,6 +82,8 @@ class Problem(ABC):
         accumulate: int = 1,
         constants: Sequence[str] = (),
         warmup: int = 0,
+        solve_batches: int | None = None,
+        solve_data: Iterable[Any] | None = None,
     ) -> None:
         """Keep the definition of the problem; every option is checked as it is set."""
         self.name = name
@@ -90,6 +96,8 @@ class Problem(ABC):
         self.scheduler = scheduler
         self.steps, self.accumulate, self.warmup = steps, accumulate, warmup
         self.grad_clip = grad_clip
+        self.solve_batches = solve_batches
+        self.solve_data = solve_data
 
     depends_on: Mapping[str, str]
     constants: tuple[str, ...]
@@ -201,16 +209,16 @@ class Problem(ABC):
             raise self._error("optimizer", "at least one parameter with requires_grad", "only frozen ones")
         return optimizer
 
-    def _checked_data(self, data: object) -> Iterable[Any] | None:
+    def _checked_data(self, data: object, option: str = "data") -> Iterable[Any] | None:
         if data is None:
             return None
         expected = "a re-iterable of batches such as a DataLoader or a list"
         if isinstance(data, Iterator):
             raise self._error(
-                "data", f"{expected}, which can be run through again", f"{type(data).__name__}, which cannot"
+                option, f"{expected}, which can be run through again", f"{type(data).__name__}, which cannot"
             )
         if isinstance(data, Tensor | str | bytes | Mapping) or type(data).__module__ == "numpy":
-            raise self._error("data", f"{expected}; for one batch used in every step pass [batch]", type(data).__name__)
+            raise self._error(option, f"{expected}; for one batch used in every step pass [batch]", type(data).__name__)
         if isinstance(data, tuple) and data and all(isinstance(part, Tensor) for part in data):
             raise self._error(
                 "data",
@@ -218,9 +226,9 @@ class Problem(ABC):
                 "a tuple of tensors",
             )
         if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
-            raise self._error("data", expected, type(data).__name__)
+            raise self._error(option, expected, type(data).__name__)
         if hasattr(data, "__len__") and len(data) == 0:
-            raise self._error("data", "at least one batch", "empty data (drop_last with a batch larger than the data?)")
+            raise self._error(option, "at least one batch", "empty data (drop_last with a batch larger than the data?)")
         return data  # type: ignore[return-value]
 
     def _checked_roles(self, depends_on: object) -> Mapping[str, str]:
@@ -297,6 +305,8 @@ _CHECKS: Mapping[str, Callable[[Problem, Any], object]] = {
     "accumulate": lambda p, value: p._checked_count("accumulate", value, 1),
     "warmup": lambda p, value: p._checked_count("warmup", value, 0),
     "grad_clip": Problem._checked_clip,
+    "solve_batches": lambda p, value: None if value is None else p._checked_count("solve_batches", value, 1),
+    "solve_data": lambda p, value: p._checked_data(value, "solve_data"),
 }
 
 
