@@ -85,6 +85,8 @@ class Engine:
 
         """
         self._refresh_members()
+        if self.step_count == 0:
+            self._warn_of_no_optimizer()
         self._reports = {name: ProblemReport(name) for name in self.graph.names}
         self._solves = {name: [] for name in self.graph.names}
         for member in self._members.values():
@@ -162,6 +164,7 @@ class Engine:
         step_scheduler(member)
         if first:
             self._warn_of_unused(member, total.used)
+            self._warn_of_cut(member, total.cut)
 
     def _report(self, member: Member, **changes: object) -> None:
         self._reports[member.name] = replace(self._reports[member.name], **changes)  # type: ignore[arg-type]
@@ -192,6 +195,11 @@ class Engine:
         if validate_every is not None and not is_count(validate_every):
             raise ConfigurationError(
                 f"Engine.run(validate_every={validate_every!r}): expected an integer of at least 1, or None."
+            )
+        if callable(callbacks) or not all(map(callable, callbacks)):
+            raise ConfigurationError(
+                f"Engine.run(callbacks={callbacks!r}): expected a sequence of functions of (engine, reports), e.g. "
+                "callbacks=[log]."
             )
         self._warn_of_missing_validation(validate_every)
         self._stopping = False
@@ -362,16 +370,39 @@ class Engine:
                     stacklevel=3,
                 )
 
+    def _led(self, member: Member) -> set[str]:
+        """Return what a problem may depend on without reading it: those that its responses depend on."""
+        return {q for d in self.graph.responses(member.name) for q in self.graph.inputs(d)}
+
     def _warn_of_unused(self, member: Member, used: set[str]) -> None:
-        leads = {q for d in self.graph.responses(member.name) for q in self.graph.inputs(d)}
         for d in self.graph.direct(member.name):
-            if d not in used and d not in leads:
+            if d not in used and d not in self._led(member):
                 warnings.warn(
                     f"problem {member.name!r} declares that it depends on {d!r}, but its loss did not read it in its "
-                    "first step. Use self.deps in training_step, or remove the name from depends_on.",
+                    "first step. Use self.deps in training_step, or remove the name from depends_on (if it is read in "
+                    "some steps only, nothing is wrong).",
                     UnusedDependencyWarning,
                     stacklevel=4,
                 )
+
+    def _warn_of_cut(self, member: Member, cut: set[str]) -> None:
+        for d in sorted(cut - self._led(member)):
+            warnings.warn(
+                f"problem {member.name!r} reads the response of {d!r}, but its loss had no gradient in it in its first "
+                f"step: nothing flows through the solution of {d!r}. Do not detach it and do not take .item() or "
+                f".data; if that is meant, use hypergradient=mlo.StopGradient() at {d!r}.",
+                UnusedDependencyWarning,
+                stacklevel=4,
+            )
+
+    def _warn_of_no_optimizer(self) -> None:
+        if all(p.optimizer is None for p in self.problems.values()):
+            warnings.warn(
+                "none of the problems has an optimizer: a step changes nothing. Give optimizer= to those that are to "
+                "be trained, or use engine.hypergradient(name) for gradients alone.",
+                MloWarning,
+                stacklevel=3,
+            )
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport
 from mlo.vectors import Vector
 
+_CHECKED_SOLVE = 2
+
 
 class Binding:
     """The span of one evaluation: the loss of `member` sees `values` for itself and for what it depends on.
@@ -226,6 +228,11 @@ class _ProblemStage(StageFunction):
             with evaluation.bound(member, values, own_parameters=False, spare_buffers=True):
                 yield evaluate
 
+    def symmetry_check_due(self) -> bool:
+        # The first solve is left as cheap as it can be; what trains makes many.
+        self._member.directional_solves += 1
+        return self._member.directional_solves == _CHECKED_SOLVE
+
     def record(self, report: SolveReport) -> None:
         self._evaluation.reports.append(report)
 
@@ -278,6 +285,7 @@ class TotalGradient:
         metrics: what the loss logs, likewise.
         micro_batches: the batches with the random states that the loss saw.
         used: the dependencies that the loss read.
+        cut: those among them whose response carries a gradient, but not from this loss.
 
     """
 
@@ -285,6 +293,7 @@ class TotalGradient:
     metrics: dict[str, float]
     micro_batches: list[MicroBatch]
     used: set[str]
+    cut: set[str]
 
 
 def accumulate_total_gradient(
@@ -328,7 +337,7 @@ def accumulate_total_gradient(
                 state.restore()
                 loss, metrics = loss_and_metrics(member, batch)
             if not loss.requires_grad:
-                raise without_graph(title(member))
+                raise without_graph(title(member), graph.why_no_gradient(member.name))
             if schedule.due():
                 evaluation.reject_bypasses(member, loss, own_parameters=training)
                 if i == 0:
@@ -339,8 +348,9 @@ def accumulate_total_gradient(
             losses.append(loss.item())
             logged.append(metrics)
     _propagate(outputs, proxies, shadow, own)
+    reached = {d for d, tensors in proxies.items() if any(t.grad is not None for t in tensors)}
     if all(t.grad is None for t in own):
-        raise unreached(title(member))
+        raise unreached(title(member), graph.why_no_gradient(member.name))
     return TotalGradient(
         loss=sum(losses) / len(losses),
         metrics={
@@ -348,7 +358,8 @@ def accumulate_total_gradient(
         },
         micro_batches=seen,
         # A dependency may also be read through its module itself, which the frame does not see.
-        used=frame.used | {d for d, tensors in proxies.items() if any(t.grad is not None for t in tensors)},
+        used=frame.used | reached,
+        cut=(frame.used & set(proxies)) - reached,
     )
 
 

@@ -10,6 +10,8 @@ from mlo.hypergradient import ConjugateGradient, HypergradientMethod
 from mlo.hypergradient.scaling import missing_learning_rate
 from mlo.problem import Problem
 
+_READS_WIDTH = 72
+
 EdgeKind = Literal["response", "constraint", "constant"]
 
 
@@ -248,6 +250,23 @@ class ProblemGraph:
                     f"ConjugateGradient, Neumann, Identity or Dense at {d!r}."
                 )
 
+    def why_no_gradient(self, name: str) -> str:
+        """Return sentences on why a loss that reads other problems may not depend on its own parameters."""
+        reasons = [reason for d in self.direct(name) if (reason := self._why_cut(name, d)) is not None]
+        return f" It reads {'; '.join(reasons)}." if reasons else ""
+
+    def _why_cut(self, name: str, d: str) -> str | None:
+        kind = self.kind(name, d)
+        if kind == "constraint":
+            return f"{d!r}, which comes later and is taken as given (lower problems come first in mlo.Engine)"
+        if kind == "constant":
+            return f"{d!r}, which constants= takes as given"
+        if d not in self._internal[name]:
+            return f"{d!r}, whose solution does not depend on {name!r} (it needs depends_on={name!r})"
+        if not self.method(d).carries_gradient:
+            return f"{d!r}, whose {type(self.method(d)).__name__} carries no gradient"
+        return f"{d!r}, whose loss must use {name!r} differentiably (no .item(), .data or detach())"
+
     # --- showing it --------------------------------------------------------------------------------------------
 
     def edges(self) -> tuple[tuple[str, str, EdgeKind], ...]:
@@ -257,15 +276,31 @@ class ProblemGraph:
     def __str__(self) -> str:
         """Return the table of the graph."""
         header = ("order", "problem", "reads", "method", "parameters", "steps")
-        rows = [header, *(self._row(i, self._problems[name]) for i, name in enumerate(self.names, 1))]
+        rows = [header]
+        for i, name in enumerate(self.names, 1):
+            rows += self._rows(i, self._problems[name])
         widths = [max(len(row[c]) for row in rows) for c in range(len(header))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
-    def _row(self, order: int, p: Problem) -> tuple[str, ...]:
-        reads = ", ".join(f"{d} ({self.kind(p.name, d)})" for d in self.direct(p.name)) or "–"
+    def _rows(self, order: int, p: Problem) -> list[tuple[str, ...]]:
+        """Return the line of a problem, and further ones where it reads more than fits in one."""
+        reads = self._reads(p)
         method = type(self.method(p.name)).__name__ if self.readers(p.name) else "–"
         count = sum(t.numel() for t in p.module.parameters() if t.requires_grad)
-        return str(order), p.name, reads, method, f"{count:,}", str(p.steps)
+        first = (str(order), p.name, reads[0], method, f"{count:,}", str(p.steps))
+        return [first, *(("", "", more, "", "", "") for more in reads[1:])]
+
+    def _reads(self, p: Problem) -> list[str]:
+        named = [f"{d} ({self.kind(p.name, d)})" for d in self.direct(p.name)]
+        named += [f"{q} (given)" for q in p.constants if q not in self.direct(p.name)]
+        lines: list[str] = []
+        for i, one in enumerate(named):
+            text = one + ("," if i + 1 < len(named) else "")
+            if lines and len(lines[-1]) + len(text) < _READS_WIDTH:
+                lines[-1] += f" {text}"
+            else:
+                lines.append(text)
+        return lines or ["–"]
 
     def to_mermaid(self) -> str:
         """Return the graph as Mermaid flowchart: solid arrows for responses, dotted ones for what is given."""

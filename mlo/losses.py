@@ -29,18 +29,18 @@ def checked_loss(loss: object, title: str) -> Tensor:
     return loss.reshape(())
 
 
-def without_graph(title: str) -> LossError:
+def without_graph(title: str, hint: str = "") -> LossError:
     """Return the error for a loss that nothing can be learnt from."""
     return LossError(
         f"{title} returned a tensor without a graph; expected a loss computed from the parameters. Do not detach it, "
-        "and do not compute it under torch.no_grad(). If it reads its parameters only through responses, their method "
-        "must carry a gradient, which StopGradient does not."
+        f"and do not compute it under torch.no_grad().{hint}"
     )
 
 
-def unreached(title: str) -> LossError:
+def unreached(title: str, hint: str = "") -> LossError:
     """Return the error for a loss that does not depend on what it is minimised over."""
     return LossError(
         f"{title} does not depend on any of the parameters that it is minimised over; expected a loss computed from "
         "them. Use self(...) or self.params (in best_response the first argument), and do not detach them."
+        f"{hint}"
     )

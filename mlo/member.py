@@ -50,6 +50,7 @@ class Member:
         has_stepped: whether it has taken an optimizer step in this engine.
         in_training: when its loss is checked for what users must not do in it, in training steps.
         in_methods: likewise, inside hypergradient methods.
+        directional_solves: how often mixed products of its loss were taken as directional derivatives.
         draws_from_host: whether its loss has been seen to draw from Python's or NumPy's generator.
 
     """
@@ -64,6 +65,7 @@ class Member:
         self._own_solve_feed = None if problem.solve_data is None else DataFeed(problem.name, problem.solve_data)
         self.fresh = False
         self.has_stepped = False
+        self.directional_solves = 0
         self.draws_from_host = False
         self._find_parameters()
 

@@ -6,10 +6,11 @@ import keyword
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from mlo.errors import ConfigurationError, DependencyError
 from mlo.frame import Frame, Parameters
@@ -219,9 +220,12 @@ class Problem(ABC):
             )
         if isinstance(data, Tensor | str | bytes | Mapping) or type(data).__module__ == "numpy":
             raise self._error(option, f"{expected}; for one batch used in every step pass [batch]", type(data).__name__)
+        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            remedy = "DataLoader(dataset, batch_size=32, shuffle=True), or batch_size=None if its items are batches"
+            raise self._error(option, f"{expected}: wrap the data set in a {remedy}", type(data).__name__)
         if isinstance(data, tuple) and data and all(isinstance(part, Tensor) for part in data):
             raise self._error(
-                "data",
+                option,
                 f"{expected}; for one batch of {len(data)} tensors used in every step pass [batch]",
                 "a tuple of tensors",
             )
@@ -385,6 +389,13 @@ class DependencyView:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the problem's module with the parameters of the evaluation at hand."""
         return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Say how to reach what is not an attribute of the view."""
+        raise DependencyError(
+            f"the view of problem {self.name!r} has no attribute {name!r}; it can be called, and has params, module "
+            f"and name. Use .params[{name!r}] for a parameter, .module.{name} for anything else of the module."
+        )
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse: a view is read-only."""

@@ -52,6 +52,10 @@ class StageFunction(ABC):
     def record(self, report: SolveReport) -> None:
         """Take note of a solve."""
 
+    def symmetry_check_due(self) -> bool:
+        """Whether it is time to compare ∂²L/∂x∂θ with ∂²L/∂θ∂x (see `warn_of_asymmetry`)."""
+        return False
+
     def gradient(self, loss: Tensor, solution: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Return g = ∂(±L + Σ ½·decay·‖θᵢ‖²)/∂θ as a differentiable function, `None` where L does not reach.
 

@@ -509,3 +509,118 @@ def test_a_place_for_warm_starts_must_be_a_dictionary():
 def test_a_squared_distance_of_numbers_is_refused():
     with pytest.raises(mlo.ConfigurationError, match=r"tensor 0 is float on the left"):
         mlo.squared_distance([1.0], [torch.ones(1)])
+
+
+# --- what is warned of, and errors that point to the cause --------------------------------------------------------
+
+
+def meta_weight_net(method, detached):
+    """Weights that a network computes from the losses, as in Meta-Weight-Net; returns the engine."""
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 3), torch.randn(20)
+    model, net = nn.Linear(3, 1), nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def low_loss(p, _):
+        losses = (p(x).squeeze(1) - y).square()
+        given = losses.detach() if detached else losses
+        weights = p.deps.top(given[:, None]).sigmoid().squeeze(1)
+        return (weights * losses).mean() + 0.1 * sum(q.square().sum() for q in p.params.values())
+
+    return two_levels(
+        low_loss, lambda p, _: (p.deps.low(x).squeeze(1) - y).square().mean(), low=model, top=net, method=method
+    )
+
+
+def test_finite_differences_through_a_stop_gradient_are_warned_of_once():
+    engine = meta_weight_net(mlo.FiniteDifference(), detached=True)
+    engine.step()
+    with pytest.warns(mlo.MloWarning, match=r"'top/low'.*'low': training_step.*stop-gradient.*Identity"):
+        engine.step()
+    engine.run(3)
+
+
+@pytest.mark.parametrize("method", [mlo.FiniteDifference(), mlo.Identity(scale=None, product=mlo.CentralDifferences())])
+def test_finite_differences_without_a_stop_gradient_are_not_warned_of(method):
+    meta_weight_net(method, detached=False).run(4)
+
+
+def test_double_backward_is_right_through_a_stop_gradient():
+    engine = meta_weight_net(mlo.Identity(scale=None), detached=True)
+    engine.run(3)
+    low, top = (engine.problems[n].module for n in ("low", "top"))
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 3), torch.randn(20)
+    losses = (low(x).squeeze(1) - y).square()
+    weights = top(losses.detach()[:, None]).sigmoid().squeeze(1)
+    loss = (weights * losses).mean() + 0.1 * sum(q.square().sum() for q in low.parameters())
+    inner = torch.autograd.grad(loss, list(low.parameters()), create_graph=True)
+    outer = torch.autograd.grad((low(x).squeeze(1) - y).square().mean(), list(low.parameters()))
+    expected = torch.autograd.grad(inner, list(top.parameters()), [-0.1 * c for c in outer])
+    for found, right in zip(engine.hypergradient("top").values(), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-14)
+
+
+def test_a_response_that_the_loss_cuts_off_is_warned_of():
+    engine = two_levels(
+        top_loss=lambda p, _: p.deps.low.params["w"].detach().square().sum() + p.params["w"].square().sum()
+    )
+    with pytest.warns(mlo.UnusedDependencyWarning, match="'top' reads the response of 'low', but .*no gradient"):
+        engine.step()
+
+
+def test_an_engine_in_which_nothing_can_step_is_warned_of():
+    engine = mlo.Engine([Problem("p", Holder(1.0), lambda p, _: p.params["w"].sum(), optimizer=None)])
+    with pytest.warns(mlo.MloWarning, match="none of the problems has an optimizer"):
+        engine.step()
+    engine.step()
+
+
+@pytest.mark.parametrize(
+    ("low", "order", "hint"),
+    [
+        ({"reads": ["top"], "item": True}, 1, r"'low', whose loss must use 'top' differentiably \(no .item"),
+        ({"reads": []}, 1, r"'low', whose solution does not depend on 'top' \(it needs depends_on='top'\)"),
+        ({"reads": ["top"]}, -1, r"'low', which comes later and is taken as given \(lower problems come first"),
+        ({"reads": ["top"], "method": mlo.StopGradient()}, 1, r"'low', whose StopGradient carries no gradient"),
+    ],
+)
+def test_a_loss_without_gradient_names_the_problem_that_is_the_cause(low, order, hint):
+    def low_loss(p, _):
+        value = p.deps.top.params["w"] if low["reads"] else torch.ones(1)
+        return (p.params["w"] - (value.sum().item() if low.get("item") else value)).square().sum()
+
+    problems = [
+        Problem("low", Holder(1.0), low_loss, depends_on=low["reads"], hypergradient=low.get("method")),
+        Problem("top", Holder(1.0), lambda p, _: p.deps.low.params["w"].sum(), depends_on=["low"]),
+    ]
+    engine = mlo.Engine(problems[::order])
+    with pytest.raises(mlo.LossError, match=hint):
+        engine.hypergradient("top")
+
+
+def test_a_data_set_is_no_sequence_of_batches():
+    data = torch.utils.data.TensorDataset(torch.ones(4, 1), torch.ones(4))
+    with pytest.raises(mlo.ConfigurationError, match=r"'p', data: .*wrap the data set in a DataLoader"):
+        Problem("p", Holder(1.0), pull, data=data)
+    Problem("p", Holder(1.0), pull, data=torch.utils.data.DataLoader(data, 2))
+
+
+def test_a_view_says_how_to_reach_the_rest_of_a_module():
+    engine = two_levels(lambda p, _: p.params["w"].sum() + p.deps.top.weight.sum())
+    with pytest.raises(mlo.DependencyError, match=r"no attribute 'weight'.*\.params\['weight'\].*\.module\.weight"):
+        engine.step()
+
+
+@pytest.mark.parametrize("callbacks", [print, [None]])
+def test_callbacks_must_be_functions(callbacks):
+    with pytest.raises(mlo.ConfigurationError, match=r"callbacks=\[log\]"):
+        two_levels().run(1, callbacks=callbacks)
+
+
+def test_the_table_stays_narrow_when_a_problem_reads_many():
+    names = [f"task_{i}" for i in range(12)]
+    tasks = [Problem(n, Holder(1.0), pull, depends_on=["top"]) for n in names]
+    top = Problem("top", Holder(1.0), lambda p, _: sum(p.deps[n].params["w"].sum() for n in names), depends_on=names)
+    table = str(mlo.Engine([*tasks, top]).graph)
+    assert max(map(len, table.splitlines())) < 130
+    assert all(f"{n} (response)" in table for n in names)

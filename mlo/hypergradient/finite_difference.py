@@ -14,7 +14,8 @@ from mlo.hypergradient.base import HypergradientMethod
 from mlo.hypergradient.first_order import first_order_only
 from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
 from mlo.options import is_number
-from mlo.products.central_differences import both_sides, differences, shift_length
+from mlo.products.central_differences import both_sides, differences
+from mlo.products.directional import shift_length, warn_of_asymmetry
 from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport, Status
 from mlo.vectors import norm, scale
@@ -28,6 +29,10 @@ class FiniteDifference(HypergradientMethod):
     difference at the solved weights: exact for a quadratic loss, and of order ε² else. Both sides see the
     same batch and the same random draws. The user's parameters are never written to; works for modules
     that have no second derivative.
+
+    Wrong where the loss holds a stop-gradient (`detach()`, `.data`, `torch.no_grad()`) between θ and x, as that of
+    Meta-Weight-Net commonly does: the difference goes through it. The engine checks this once and warns; use
+    `Identity(scale=None)` there.
 
     Not the same as the second-order formula of the DARTS paper, whose differences are taken at the weights
     before the step.
@@ -112,6 +117,9 @@ class FiniteDifference(HypergradientMethod):
         shift = self.epsilon or shift_length(solution)
         x = leaves(inputs, needed)
         ahead, behind = both_sides(stage, solution, direction, shift / length, x, want_theta=False)
+        if stage.symmetry_check_due():
+            change = differences(ahead.x, behind.x, length / (2 * shift))
+            warn_of_asymmetry(stage, tuple(solution), tuple(inputs), direction, change)
         return differences(ahead.x, behind.x, -size * length / (2 * shift))
 
     @staticmethod

@@ -14,9 +14,9 @@ from mlo.autodiff import filled
 from mlo.errors import ConfigurationError, EvaluationError
 from mlo.options import is_number
 from mlo.products.base import Linearisation, Product
-from mlo.products.directional import DirectionalLinearisation, LossGradients, loss_gradients
+from mlo.products.directional import DirectionalLinearisation, LossGradients, loss_gradients, shift_length
 from mlo.stage_function import StageFunction, leaves
-from mlo.vectors import Vector, add, norm, rounding_unit
+from mlo.vectors import Vector, add, norm
 
 # The two sides are looked at more closely where they differ by this share of the loss: a shift changes it by less.
 _SUSPICIOUS = 0.01
@@ -91,12 +91,6 @@ class _Differences(DirectionalLinearisation):
             filled(differences(ahead.theta, behind.theta, factor), self.solution),
             differences(ahead.x, behind.x, factor),
         )
-
-
-def shift_length(solution: Sequence[Tensor]) -> float:
-    """Return the length of the shift that suits parameters of this size and dtype."""
-    unit = rounding_unit(solution)
-    return float(max(unit ** (1 / 3) / 32, 32 * unit) * max(1.0, norm(solution)))
 
 
 def both_sides(
