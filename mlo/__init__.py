@@ -18,6 +18,9 @@ from mlo.errors import (
 )
 from mlo.graph import ProblemGraph
 from mlo.hypergradient import (
+    F2SA,
+    SOBA,
+    AdaptiveIdentity,
     ConjugateGradient,
     Dense,
     FiniteDifference,
@@ -27,6 +30,7 @@ from mlo.hypergradient import (
     Neumann,
     Solution,
     StopGradient,
+    Unroll,
 )
 from mlo.linear_system import LinearSystem
 from mlo.problem import Problem
@@ -41,6 +45,9 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "F2SA",
+    "SOBA",
+    "AdaptiveIdentity",
     "BreakdownError",
     "BreakdownWarning",
     "CentralDifferences",
@@ -70,6 +77,7 @@ __all__ = [
     "SolveSummary",
     "Status",
     "StopGradient",
+    "Unroll",
     "UnusedDependencyWarning",
     "__version__",
     "best_response",

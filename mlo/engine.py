@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mlo.errors import BreakdownError, ConfigurationError, GraphError, MloWarning, UnusedDependencyWarning
-from mlo.evaluation import Evaluation, accumulate_total_gradient, number
+from mlo.evaluation import Evaluation, TotalGradient, accumulate_total_gradient, number
 from mlo.graph import ProblemGraph
 from mlo.member import Member
 from mlo.optimizer_facts import warn_of_unknown_decay
@@ -20,6 +20,7 @@ from mlo.problem import FIXED_OPTIONS, Problem
 from mlo.random_state import preserved
 from mlo.reports import Outcome, ProblemReport, summarised
 from mlo.solve_batches import Previews, SolveBatches, with_present_state
+from mlo.solve_start import begin_recording, check_recording, check_start, start_over
 from mlo.stage_function import leaves
 from mlo.status import SolveReport
 from mlo.update import step_scheduler, take_step
@@ -69,6 +70,8 @@ class Engine:
         for p in given:
             warn_of_unknown_decay(p.name, p.optimizer)
             self._warn_of_misplaced_method(p)
+            check_recording(self.graph, self._members[p.name])
+            check_start(self._members[p.name], self._members)
 
     # --- the loop ----------------------------------------------------------------------------------------------
 
@@ -114,8 +117,11 @@ class Engine:
         """Let a problem take its steps, or none where it takes none; yield what must be solved before each."""
         outcome = self._reason_not_to_step(member)
         if outcome is None:
-            for _ in range(member.problem.steps):
+            start_over(member, self._members)
+            steps = member.problem.steps
+            for step in range(steps):
                 yield from self._stale_responses(member)
+                begin_recording(self.graph, self._members, member, steps - step)
                 self._update(member)
         else:
             yield from self._stale_responses(member)
@@ -140,7 +146,9 @@ class Engine:
         evaluation = Evaluation(self.graph, self._members, SolveBatches(), self._warm_starts, self._solves[member.name])
         try:
             total, size = take_step(
-                member, lambda: accumulate_total_gradient(evaluation, member, member.trainable, batches, None)
+                member,
+                lambda: accumulate_total_gradient(evaluation, member, member.trainable, batches, None),
+                self._record,
             )
         except BreakdownError as error:
             if not error.skip:
@@ -148,6 +156,8 @@ class Engine:
             self._note_batches(member, batches)
             self._report(member, outcome="skipped")
             return
+        if member.recording is not None:
+            member.recording.close(member.trainable)
         member.micro_batches = total.micro_batches
         for name in self.graph.names:
             if member.name in self.graph.upper(name):
@@ -165,6 +175,12 @@ class Engine:
         if first:
             self._warn_of_unused(member, total.used)
             self._warn_of_cut(member, total.cut)
+
+    def _record(self, member: Member, total: TotalGradient) -> None:
+        """Record the step that a stage is about to take, if that is wanted."""
+        recording, optimizer = member.recording, member.problem.optimizer
+        if recording is not None and optimizer is not None and len(recording.steps) < recording.length:
+            recording.add(optimizer, member.trainable, total.micro_batches, member.problem.grad_clip)
 
     def _report(self, member: Member, **changes: object) -> None:
         self._reports[member.name] = replace(self._reports[member.name], **changes)  # type: ignore[arg-type]
@@ -375,8 +391,10 @@ class Engine:
         return {q for d in self.graph.responses(member.name) for q in self.graph.inputs(d)}
 
     def _warn_of_unused(self, member: Member, used: set[str]) -> None:
+        start = member.problem.start_from
+        known = self._led(member) | ({member.problem.depends_on[start]} if start else set())
         for d in self.graph.direct(member.name):
-            if d not in used and d not in self._led(member):
+            if d not in used and d not in known:
                 warnings.warn(
                     f"problem {member.name!r} declares that it depends on {d!r}, but its loss did not read it in its "
                     "first step. Use self.deps in training_step, or remove the name from depends_on (if it is read in "

@@ -14,12 +14,14 @@ from torch.utils import _pytree as pytree
 from mlo.ambient import Autocast
 from mlo.autodiff import gradients
 from mlo.autograd_graph import reject_first_order_operations, reject_reentrant_checkpoints
-from mlo.errors import EvaluationError, LossError
+from mlo.errors import ConfigurationError, EvaluationError, LossError
 from mlo.frame import Frame
 from mlo.graph import ProblemGraph
 from mlo.losses import checked_loss, unreached, without_graph
 from mlo.member import Member, MicroBatch
+from mlo.optimizer_steps import differentiable_step, optimizer_state, update_derivative
 from mlo.random_state import RandomState, host_state, preserved, same_host_state
+from mlo.recording import RecordedStep, Recording
 from mlo.response import respond
 from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport
@@ -204,10 +206,13 @@ class _ProblemStage(StageFunction):
     def signs(self) -> tuple[float, ...]:  # type: ignore[override]
         return self._member.facts.signs
 
+    def _batches(self) -> list[MicroBatch]:
+        return self._evaluation.batches(self._member)
+
     @contextmanager
     def evaluation(self, solution: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Callable[[], Tensor]]:
         evaluation, member = self._evaluation, self._member
-        batches = evaluation.batches(member)
+        batches = self._batches()
         values = {member.name: tuple(solution)}
         given = iter(inputs)
         for name, size in zip(evaluation.graph.inputs(member.name), self._input_sizes, strict=True):
@@ -228,6 +233,30 @@ class _ProblemStage(StageFunction):
             with evaluation.bound(member, values, own_parameters=False, spare_buffers=True):
                 yield evaluate
 
+    def recording(self) -> Recording[list[MicroBatch]]:
+        member = self._member
+        if member.recording is None:
+            raise ConfigurationError(
+                f"problem {member.name!r}, hypergradient=Unroll: expected optimizer steps to differentiate through; it "
+                "has taken none yet. Call engine.step() first, or use an implicit method such as ConjugateGradient."
+            )
+        if not member.recording.ends_at(member.trainable):
+            raise ConfigurationError(
+                f"problem {member.name!r}, hypergradient=Unroll: expected parameters that its last solve of "
+                f"{member.recording.length} recorded steps has led to; they were changed since, or the solve was "
+                "interrupted. Call engine.step(), or use an implicit method such as ConjugateGradient."
+            )
+        return member.recording
+
+    def update_derivative(self, gradients: Sequence[Tensor | None]) -> Vector:
+        optimizer, parameters = self._member.problem.optimizer, self._member.trainable
+        assert optimizer is not None, self._member.name  # checked when the engine was built
+        step, state = differentiable_step(optimizer, parameters), optimizer_state(optimizer, parameters)
+        return update_derivative(step, parameters, gradients, state)
+
+    def at_step(self, step: RecordedStep[list[MicroBatch]]) -> StageFunction:
+        return _StageAtStep(self, step.batches)
+
     def symmetry_check_due(self) -> bool:
         # The first solve is left as cheap as it can be; what trains makes many.
         self._member.directional_solves += 1
@@ -235,6 +264,25 @@ class _ProblemStage(StageFunction):
 
     def record(self, report: SolveReport) -> None:
         self._evaluation.reports.append(report)
+
+
+class _StageAtStep(_ProblemStage):
+    """A stage on the batches of one of its optimizer steps."""
+
+    def __init__(self, stage: _ProblemStage, batches: list[MicroBatch]) -> None:
+        self.__dict__.update(stage.__dict__)
+        self._recorded = batches
+
+    @property
+    def weight_decays(self) -> tuple[float, ...]:  # type: ignore[override]
+        return (0.0,) * len(self._member.trainable)
+
+    @property
+    def signs(self) -> tuple[float, ...]:  # type: ignore[override]
+        return (1.0,) * len(self._member.trainable)
+
+    def _batches(self) -> list[MicroBatch]:
+        return self._recorded
 
 
 def title(member: Member) -> str:

@@ -276,7 +276,7 @@ class ProblemGraph:
     def __str__(self) -> str:
         """Return the table of the graph."""
         header = ("order", "problem", "reads", "method", "parameters", "steps")
-        rows = [header]
+        rows: list[tuple[str, ...]] = [header]
         for i, name in enumerate(self.names, 1):
             rows += self._rows(i, self._problems[name])
         widths = [max(len(row[c]) for row in rows) for c in range(len(header))]

@@ -76,6 +76,24 @@ class LinearSystem:
         form = self._linearisation.transposed_product if self._transposed else self._linearisation.product
         return form(vector)
 
+    def update_derivative(self) -> Vector:
+        """Return the diagonal ∂(θ − θ⁺)/∂g of the optimizer's next step, for the gradient g of what it minimises.
+
+        Raises:
+            ConfigurationError: the stage has no optimizer, or one whose steps are not known.
+
+        """
+        part = self._linearisation.taking_part
+        stage = self._stage
+        raw = [
+            None if g is None else sign * (g.detach() - decay * theta.detach())
+            for g, theta, sign, decay in zip(
+                self.gradient, self._solution, stage.signs, stage.weight_decays, strict=True
+            )
+        ]
+        found = stage.update_derivative(raw)
+        return part([sign * t for sign, t in zip(stage.signs, found, strict=True)])
+
     def all_parameters(self, vector: Sequence[Tensor]) -> Vector:
         """Return `vector` with zeros for the parameters that take no part."""
         given = iter(vector)

@@ -12,6 +12,7 @@ from mlo.frame import ModuleSlots, ParameterNames
 from mlo.optimizer_facts import OptimizerFacts
 from mlo.problem import Problem
 from mlo.random_state import RandomState
+from mlo.recording import Recording
 
 #: A batch and the random state in which the loss was evaluated on it.
 MicroBatch = tuple[Any, RandomState]
@@ -44,6 +45,7 @@ class Member:
         devices: the devices of the parameters.
         feed: the problem's batches.
         micro_batches: those of its last step.
+        recording: its last optimizer steps, if a method wants them.
         solve_feed: where the batches for solves come from if they are not those of the last step, else `None`.
         solve_micro_batches: the last ones that came from there.
         fresh: whether the problem is solved for the present values of the problems above.
@@ -102,6 +104,7 @@ class Member:
         self.devices: tuple[torch.device, ...] = tuple(dict.fromkeys(p.device for p in named.values()))
         self._signature = self._present_signature()
         self.in_training, self.in_methods = CheckSchedule(), CheckSchedule()
+        self.recording: Recording[list[MicroBatch]] | None = None
 
     def _present_signature(self) -> tuple[list[bool], list[int]]:
         optimizer = self.problem.optimizer

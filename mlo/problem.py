@@ -18,7 +18,17 @@ from mlo.hypergradient import HypergradientMethod
 from mlo.options import is_count, is_number
 
 #: What an engine builds upon, and what may change between its steps.
-FIXED_OPTIONS = ("name", "module", "optimizer", "data", "depends_on", "constants", "hypergradient", "solve_data")
+FIXED_OPTIONS = (
+    "name",
+    "module",
+    "optimizer",
+    "data",
+    "depends_on",
+    "constants",
+    "hypergradient",
+    "solve_data",
+    "start_from",
+)
 _ADJUSTABLE = ("steps", "accumulate", "warmup", "scheduler", "grad_clip", "solve_batches")
 _RESERVED = (*FIXED_OPTIONS, *_ADJUSTABLE, "params", "deps", "__call__", "__setattr__")
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
@@ -56,6 +66,10 @@ class Problem(ABC):
             through this stage, drawn anew for each one from `data`. `None`: the batches of the stage's last step.
         solve_data: a stream of its own, in place of `data`, for these batches (one of them, if `solve_batches` is
             `None`); re-iterable like `data`.
+        start_from: the role of a problem in `depends_on` at whose parameters the stage starts over each time that it is
+            solved, with its optimizer's state cleared; every trainable parameter is copied from the one of the same
+            name. Gradients go back to it through `Unroll` (MAML); for the solution that other methods differentiate
+            the start does not matter.
         warmup: number of engine steps in which the problem takes no steps, while those below it train.
 
     Raises:
@@ -85,6 +99,7 @@ class Problem(ABC):
         warmup: int = 0,
         solve_batches: int | None = None,
         solve_data: Iterable[Any] | None = None,
+        start_from: str | None = None,
     ) -> None:
         """Keep the definition of the problem; every option is checked as it is set."""
         self.name = name
@@ -99,6 +114,7 @@ class Problem(ABC):
         self.grad_clip = grad_clip
         self.solve_batches = solve_batches
         self.solve_data = solve_data
+        self.start_from = start_from
 
     depends_on: Mapping[str, str]
     constants: tuple[str, ...]
@@ -245,6 +261,16 @@ class Problem(ABC):
             roles = {name: name for name in self._checked_names("depends_on", depends_on)}
         return MappingProxyType(roles)
 
+    def _checked_start(self, role: object) -> str | None:
+        if role is None:
+            return None
+        if not isinstance(role, str) or role not in self.depends_on:
+            declared = ", ".join(map(repr, self.depends_on)) or "none"
+            raise self._error("start_from", f"a role that depends_on declares (declared: {declared})", repr(role))
+        if self.optimizer is None:
+            raise self._error("start_from", "an optimizer that goes on from there", "none")
+        return role
+
     def _checked_names(self, option: str, names: object) -> tuple[str, ...]:
         expected = "a sequence of problem names" + (" or a mapping role → name" if option == "depends_on" else "")
         if isinstance(names, str):
@@ -310,6 +336,7 @@ _CHECKS: Mapping[str, Callable[[Problem, Any], object]] = {
     "warmup": lambda p, value: p._checked_count("warmup", value, 0),
     "grad_clip": Problem._checked_clip,
     "solve_batches": lambda p, value: None if value is None else p._checked_count("solve_batches", value, 1),
+    "start_from": lambda p, value: p._checked_start(value),
     "solve_data": lambda p, value: p._checked_data(value, "solve_data"),
 }
 

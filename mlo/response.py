@@ -181,6 +181,11 @@ def best_response(
     inputs, input_structure = _flattened("dependencies", dependencies)
     if method.needs_learning_rate:
         raise missing_learning_rate(method, _FunctionalStage.name)
+    if method.recorded_steps(1) or method.needs_update_derivative:
+        raise ConfigurationError(
+            f"best_response(method={type(method).__name__}(...)): it differentiates through optimizer steps, which "
+            "only an engine takes. Use mlo.Engine, or an implicit method."
+        )
     if method.keeps_solutions and warm_starts is None:
         raise ConfigurationError(
             f"best_response(method={method!r}): a warm start needs a place that outlives the call; pass "

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mlo.errors import ConfigurationError
 from mlo.losses import unreached
+from mlo.recording import RecordedStep, Recording
 from mlo.status import SolveReport
 from mlo.vectors import Vector
 
@@ -51,6 +54,18 @@ class StageFunction(ABC):
     @abstractmethod
     def record(self, report: SolveReport) -> None:
         """Take note of a solve."""
+
+    def recording(self) -> Recording[Any]:
+        """Return the record of the stage's last steps; only for methods with `recorded_steps`."""
+        raise ConfigurationError(f"stage {self.name!r} keeps no record of optimizer steps; expected one of an engine.")
+
+    def at_step(self, step: RecordedStep[Any]) -> StageFunction:
+        """Return the loss of a recorded step: its batches, and no penalty of the optimizer's, which its formula has."""
+        raise ConfigurationError(f"stage {self.name!r} keeps no record of optimizer steps; expected one of an engine.")
+
+    def update_derivative(self, gradients: Sequence[Tensor | None]) -> Vector:
+        """Return the diagonal of the derivative of the optimizer's next update in the gradients of the loss."""
+        raise ConfigurationError(f"stage {self.name!r} has no optimizer; expected one of an engine that has.")
 
     def symmetry_check_due(self) -> bool:
         """Whether it is time to compare ∂²L/∂x∂θ with ∂²L/∂θ∂x (see `warn_of_asymmetry`)."""

@@ -16,12 +16,15 @@ from mlo.member import Member
 from mlo.vectors import norm
 
 
-def take_step(member: Member, gradient: Callable[[], TotalGradient]) -> tuple[TotalGradient, float]:
+def take_step(
+    member: Member, gradient: Callable[[], TotalGradient], before_step: Callable[[Member, TotalGradient], None]
+) -> tuple[TotalGradient, float]:
     """Let the problem's optimizer take one step; return the evaluation behind it and the gradient's norm.
 
     `gradient` puts the total gradient into `.grad` of the problem's parameters. Before, `.grad` of everything that the
     optimizer holds is cleared: one left over from a time at which a parameter was not frozen would move it. An
-    exception in `gradient`, or a gradient that is not finite, leaves parameters and `.grad` as they were.
+    exception in `gradient` or in `before_step`, which is called with what it has found, or a gradient that is not
+    finite, leaves parameters and `.grad` as they were.
     """
     problem = member.problem
     assert problem.optimizer is not None
@@ -37,6 +40,7 @@ def take_step(member: Member, gradient: Callable[[], TotalGradient]) -> tuple[To
         if isinstance(problem.optimizer, torch.optim.LBFGS):
             return _step_with_closure(member, evaluate)
         result = evaluate()
+        before_step(member, result[0])
     problem.optimizer.step()
     return result
 

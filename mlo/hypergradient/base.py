@@ -53,6 +53,11 @@ class HypergradientMethod(ABC):
         return False
 
     @property
+    def needs_update_derivative(self) -> bool:
+        """Whether the method asks for the derivative of the optimizer's update."""
+        return False
+
+    @property
     def needs_second_derivatives(self) -> bool:
         """Whether every operation of the stage's loss must have a second derivative."""
         return False
@@ -61,6 +66,14 @@ class HypergradientMethod(ABC):
     def keeps_solutions(self) -> bool:
         """Whether solves start from the solution of the step before."""
         return False
+
+    def recorded_steps(self, steps: int) -> int:
+        """Return how many of the last of a solve's `steps` optimizer steps must be recorded for the method."""
+        return 0
+
+    def kept_every(self, length: int) -> int:
+        """Return before every how many of `length` recorded steps parameters and state are kept."""
+        return 1
 
     @abstractmethod
     def pullback(
