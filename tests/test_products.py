@@ -226,9 +226,9 @@ def test_how_far_a_stage_is_from_solved_stands_in_the_report(product):
         nonlocal summary
         summary = reports["top"].solves["top/w"]
 
-    stage.optimizer.param_groups[0]["lr"] = 0.0  # it stays where it is
+    stage.optimizer.param_groups[0].update(lr=0.0, weight_decay=0.3)  # it stays where it is
     engine.run(1, callbacks=[keep])
-    expected = (stage.hessian @ torch.ones(6) - stage.right_side(values)).norm().item()
+    expected = ((stage.hessian + 0.3 * torch.eye(6)) @ torch.ones(6) - stage.right_side(values)).norm().item()
     assert summary.gradient_norm == pytest.approx(expected, rel=1e-10)
 
 
