@@ -19,6 +19,8 @@ from mlo.errors import (
 from mlo.graph import ProblemGraph
 from mlo.hypergradient import (
     F2SA,
+    GMRES,
+    MINRES,
     SOBA,
     AdaptiveIdentity,
     ConjugateGradient,
@@ -28,6 +30,7 @@ from mlo.hypergradient import (
     Identity,
     ImplicitMethod,
     Neumann,
+    Nystrom,
     Solution,
     StopGradient,
     Unroll,
@@ -46,6 +49,8 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 __all__ = [
     "F2SA",
+    "GMRES",
+    "MINRES",
     "SOBA",
     "AdaptiveIdentity",
     "BreakdownError",
@@ -69,6 +74,7 @@ __all__ = [
     "MloError",
     "MloWarning",
     "Neumann",
+    "Nystrom",
     "Problem",
     "ProblemGraph",
     "ProblemReport",

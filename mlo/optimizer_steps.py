@@ -300,9 +300,8 @@ def _rmsprop(
         v = v.addcmul(mean, mean, value=-1)
     denominator = _root(v).add(options["eps"])
     if momentum > 0:
-        buffer = changed["momentum_buffer"] = (
-            _kept(slots, "momentum_buffer", theta).mul(momentum).addcdiv(g, denominator)
-        )
+        buffer = _kept(slots, "momentum_buffer", theta).mul(momentum).addcdiv(g, denominator)
+        changed["momentum_buffer"] = buffer
         return theta.add(buffer, alpha=-lr), changed
     return theta.addcdiv(g, denominator, value=-lr), changed
 
@@ -400,7 +399,7 @@ def _constant(value: Any) -> Any:
         return tuple(_constant(v) for v in value)
     if isinstance(value, Tensor):
         # On the CPU: one transfer when it is recorded, none for each parameter at each use.
-        return value.detach().reshape(()).to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True)
     return value
 
 

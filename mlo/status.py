@@ -29,7 +29,7 @@ class Status(enum.Enum):
     NEGATIVE_CURVATURE = (
         "A direction of negative curvature was met: the stage's Hessian is not positive definite at its "
         "present solution. Train the stage further (more steps), regularise its loss, give the method damping, "
-        "or use FiniteDifference, Identity or Dense, which do not need positive definiteness."
+        "or use MINRES, GMRES or Dense, which do not need positive definiteness, or FiniteDifference or Identity."
     )
     DIVERGED = (
         "The residual grew: the series does not converge at this scale. Use a scale below 2 / (largest "
@@ -37,7 +37,7 @@ class Status(enum.Enum):
     )
     SINGULAR = (
         "The stage's Hessian is singular to rounding: its solution is not unique. Regularise the loss (weight decay, a "
-        "proximal term) or give the method damping."
+        "proximal term), give the method damping, or use MINRES."
     )
     NON_FINITE = (
         "The solve met NaN or infinite values. Look at the stage's loss and the upper loss at these parameters; "

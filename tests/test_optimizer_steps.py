@@ -164,8 +164,45 @@ def test_state_is_torchs_own():
         for name, tensor in own.items():
             assert torch.equal(tensor, optimizer.state[p][name])
             assert tensor.data_ptr() != optimizer.state[p][name].data_ptr()
+    for entry in optimizer.state.values():
+        entry["exp_avg"].requires_grad_()
+    assert not any(t.requires_grad for t in optimizer_state(optimizer, parameters).tensors)
     with pytest.raises(ValueError, match="shorter"):
         State(state.layout, state.tensors[:-1]).by_parameter()
+
+
+def test_a_momentum_buffer_of_none_is_no_state():
+    p = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    optimizer = optim.SGD([p], lr=0.1, momentum=0.9, dampening=0.5)
+    optimizer.state[p]["momentum_buffer"] = None
+    step, state = differentiable_step(optimizer, [p]), optimizer_state(optimizer, [p])
+    g = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    after, _ = step.apply(copied([p]), [g], state)
+    take(optimizer, [p], [g])
+    assert_close(after, copied([p]), rtol=1e-13, atol=0)
+
+
+@table(
+    [
+        (optim.SGD, {"momentum": 0.9}),
+        (optim.Adam, {"amsgrad": True}),
+        (optim.RMSprop, {"momentum": 0.9}),
+        (optim.RMSprop, {"centered": True}),
+    ]
+)
+def test_an_option_switched_off_keeps_its_state(kind, options):
+    parameters, optimizer = make(kind, options)
+    theta, state = copied(parameters), optimizer_state(optimizer, parameters)
+    for t in range(6):
+        for group in optimizer.param_groups:
+            group.update({name: value if t < 3 else type(value)() for name, value in options.items()})
+        step, gradients = differentiable_step(optimizer, parameters), draw(parameters, t)
+        theta, state = step.apply(theta, gradients, state)
+        take(optimizer, parameters, gradients)
+        expected = optimizer_state(optimizer, parameters)
+        assert state.layout == expected.layout
+        assert_close(state.tensors, expected.tensors, rtol=1e-13, atol=1e-15)
+        assert_close(theta, copied(parameters), rtol=1e-13, atol=1e-15)
 
 
 def test_some_parameters_only():
@@ -340,6 +377,23 @@ def test_update_derivative_is_the_whole_jacobian(kind, options):
     assert_close(jacobian, expected)
 
 
+@table(CASES)
+def test_update_derivative_is_partial(kind, options):
+    """Parameters and state that depend on the gradients themselves are constants in it."""
+    parameters, optimizer = make(kind, options)
+    run(parameters, optimizer, 2)
+    step, state = differentiable_step(optimizer, parameters), optimizer_state(optimizer, parameters)
+    gradients = draw(parameters, 2)
+    expected = update_derivative(step, parameters, gradients, state)
+    assert not any(g.requires_grad for g in gradients if g is not None)
+    leaves = [None if g is None else g.requires_grad_() for g in gradients]
+    total = sum(g.sum() for g in leaves if g is not None)
+    dependent = State(state.layout, tuple(t + (total - total.item()) for t in state.tensors))
+    found = update_derivative(step, [p + (total - total.item()) for p in parameters], leaves, dependent)
+    assert_close(found, expected, rtol=1e-13, atol=0)
+    assert not any(d.requires_grad for d in found)
+
+
 def test_update_derivative_of_sgd_is_the_learning_rate():
     parameters, optimizer = make(optim.SGD, {})
     step, state = differentiable_step(optimizer, parameters), optimizer_state(optimizer, parameters)
@@ -431,6 +485,18 @@ def test_not_a_number_where_torch_has_it():
     take(optimizer, [p], [g])
     assert_close(after, p.detach(), equal_nan=True)
     assert after.isnan().tolist() == [True, False, False]
+
+
+def test_a_negative_variance_is_not_a_number_as_in_torch():
+    """v − a² < 0 by rounding: not the point at which the derivative is mended."""
+    p, optimizer, _, _ = one(optim.RMSprop, {"centered": True})
+    take(optimizer, [p], [torch.ones_like(p)])
+    optimizer.state[p]["grad_avg"] += torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+    step, state = differentiable_step(optimizer, [p]), optimizer_state(optimizer, [p])
+    after = step.apply([p], [torch.ones_like(p)], state)[0][0].detach()
+    take(optimizer, [p], [torch.ones_like(p)])
+    assert after.isnan().tolist() == [False, True, False]
+    assert_close(after, p.detach(), equal_nan=True)
 
 
 # What it leaves alone, and what it refuses

@@ -3,26 +3,129 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from mlo.hypergradient.implicit import ImplicitMethod, Solution
-from mlo.hypergradient.options import is_count, is_number
+from mlo.hypergradient.nystrom import ApproximateInverse, Nystrom
 from mlo.linear_system import LinearSystem
+from mlo.options import is_count, is_number
 from mlo.status import Status
 from mlo.vectors import Vector, add, dot, norm, rounding_unit, subtract, zeros_like
 
 # A direction counts as one of no curvature below this many rounding units of the largest curvature met: at a
 # singular Hessian such directions were measured at 1 rounding unit and below, in float32 and float64.
-_FLAT = 10.0
+FLAT = 10.0
 
 
 @dataclass(frozen=True)
-class ConjugateGradient(ImplicitMethod):
+class Cycle:
+    """What a cycle of a solver makes of a residual r.
+
+    Attributes:
+        correction: to be added to λ.
+        steps: how many of the steps that were left it has used.
+        error: the length of the residual with the correction, as the cycle knows it.
+        status: how the solve ends, or `None` where the residual is to be formed anew, and another cycle may follow.
+        at_minimum: whether r is a least one already: ‖Hr‖ is small beside ‖H‖‖r‖.
+
+    """
+
+    correction: Vector
+    steps: int
+    error: float
+    status: Status | None
+    at_minimum: bool = False
+
+
+class KrylovMethod(ImplicitMethod):
+    """What the solvers by Krylov spaces have in common: their options, where they start and when they stop.
+
+    The options are fields of each of the subclasses, in an order of their own.
+    """
+
+    max_steps: int
+    rtol: float
+    atol: float
+    damping: float
+    warm_start: bool
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if not is_count(self.max_steps):
+            raise self.option_error("max_steps", "an integer of at least 1")
+        if not is_number(self.rtol) or not 0 <= self.rtol < 1:
+            raise self.option_error("rtol", "a number in [0, 1)")
+        if not is_number(self.atol) or self.atol < 0:
+            raise self.option_error("atol", "a number of at least 0")
+        if not is_number(self.damping) or self.damping < 0:
+            raise self.option_error("damping", "a number of at least 0")
+        if not isinstance(self.warm_start, bool):
+            raise self.option_error("warm_start", "True or False")
+
+    @property
+    def keeps_solutions(self) -> bool:
+        """Whether solves start from the solution of the step before."""
+        return self.warm_start
+
+    def _in_cycles(self, system: LinearSystem, cycle: Callable[[Vector, float, float, int], Cycle]) -> Solution:
+        """Return λ by cycles that each begin from the residual that the one before has left.
+
+        `cycle` gets that residual, its length, the length to reach and the steps that are left.
+        """
+        size = norm(system.rhs)
+        if size == 0:
+            return Solution(zeros_like(system.rhs), Status.CONVERGED, 0, 0.0)
+        if not math.isfinite(size):
+            return Solution(system.rhs, Status.NON_FINITE, 0, size)
+        tolerance = self._tolerance(system.rhs, size)
+        adjoint, residual = self._start(system, size)
+        error, steps = norm(residual), 0
+        while error > tolerance:
+            done = cycle(residual, error, tolerance, self.max_steps - steps)
+            steps += done.steps
+            if done.status is not None:
+                return Solution(add(adjoint, done.correction), done.status, steps, done.error / size)
+            corrected = add(adjoint, done.correction)
+            residual = self._residual(system, corrected)
+            before, error = error, norm(residual)
+            if not error < before * (1 - FLAT * rounding_unit(residual)):  # the next cycle would do no more
+                status = Status.SINGULAR if done.at_minimum else Status.TRUNCATED
+                return Solution(adjoint, status, steps, before / size)
+            adjoint = corrected
+        return Solution(adjoint, Status.CONVERGED, steps, error / size)
+
+    def _tolerance(self, rhs: Vector, size: float) -> float:
+        """Return the length of the residual at which to stop, for a right-hand side of length `size`."""
+        return max(size * (max(self.rtol, rounding_unit(rhs)) if self.rtol else 0.0), self.atol)
+
+    def _start(self, system: LinearSystem, size: float) -> tuple[Vector, Vector]:
+        """Return the first λ and its residual: the kept solution where it is better than zero."""
+        kept = system.last_solution if self.warm_start else None
+        if kept is not None:
+            residual = self._residual(system, kept)
+            if norm(residual) < size:
+                return kept, residual
+        return zeros_like(system.rhs), system.rhs
+
+    def _residual(self, system: LinearSystem, adjoint: Vector) -> Vector:
+        """Return c − (H + damping·I)λ, at the cost of a product."""
+        return subtract(system.rhs, self._damped_product(system, adjoint))
+
+    def _damped_product(self, system: LinearSystem, vector: Vector) -> Vector:
+        product = system.product(vector)
+        return add(product, vector, self.damping) if self.damping else product
+
+
+@dataclass(frozen=True)
+class ConjugateGradient(KrylovMethod):
     """Solve (H + damping·I) λ = c by conjugate gradients; H must be symmetric positive definite.
 
     The error in the H-norm shrinks at least by (√κ − 1)/(√κ + 1) per step, κ the condition number; in
-    exact arithmetic the solve ends after as many steps as H has distinct eigenvalues.
+    exact arithmetic the solve ends after as many steps as H has distinct eigenvalues. With a preconditioner
+    P ≈ H⁻¹ both are those of P (H + damping·I).
 
     Args:
         max_steps: upper limit of steps, at least 1.
@@ -32,6 +135,10 @@ class ConjugateGradient(ImplicitMethod):
             mildly indefinite Hessian solvable.
         warm_start: begin from the solution of the outer step before, if there is one. With
             `best_response` it needs `warm_starts=`, the place that outlives the call.
+        atol: stop as well once ‖c − (H + damping·I)λ‖ ≤ atol, in the units of c.
+        preconditioner: a `Nystrom`, whose approximate inverse is made once per solve, of the same H. It changes how
+            fast the solve converges, not what to: its damping biases nothing. Pays off where few eigenvalues are
+            much larger than the others, with its damping near the others.
         on_breakdown: see `HypergradientMethod`. On a direction of negative curvature the steps made up to there
             are what `"warn"` uses; where H is singular to rounding, the step of the smallest residual.
 
@@ -39,10 +146,12 @@ class ConjugateGradient(ImplicitMethod):
         ConfigurationError: an option is out of range.
 
     Cost: one Hessian–vector product per step (one reverse pass each, on one retained graph), one more for a
-    warm start, and one mixed product; four vectors of the stage's size.
+    warm start, `rank` more for a preconditioner, and one mixed product; four vectors of the stage's size, and with
+    a preconditioner its rank + 1 more.
 
-    Source: Hestenes and Stiefel 1952; Nocedal and Wright, "Numerical Optimization", algorithm 5.2; as a
-    hypergradient, Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016.
+    Source: Hestenes and Stiefel 1952; Nocedal and Wright, "Numerical Optimization", algorithms 5.2 and 5.3; as a
+    hypergradient, Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016; the
+    preconditioner, Frangella, Tropp and Udell, "Randomized Nyström preconditioning", SIAM J. Matrix Anal. Appl. 2023.
 
     >>> import mlo, torch
     >>> def loss(w, x):                                   # w*(x) = x / (1, 2)
@@ -58,25 +167,16 @@ class ConjugateGradient(ImplicitMethod):
     rtol: float = 1e-10
     damping: float = 0.0
     warm_start: bool = False
+    atol: float = 0.0
+    preconditioner: Nystrom | None = None
 
     assumes_symmetric: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        if not is_count(self.max_steps):
-            raise self.option_error("max_steps", "an integer of at least 1")
-        if not is_number(self.rtol) or not 0 <= self.rtol < 1:
-            raise self.option_error("rtol", "a number in [0, 1)")
-        if not is_number(self.damping) or self.damping < 0:
-            raise self.option_error("damping", "a number of at least 0")
-        if not isinstance(self.warm_start, bool):
-            raise self.option_error("warm_start", "True or False")
-
-    @property
-    def keeps_solutions(self) -> bool:
-        """Whether solves start from the solution of the step before."""
-        return self.warm_start
+        if self.preconditioner is not None and not isinstance(self.preconditioner, Nystrom):
+            raise self.option_error("preconditioner", "a Nystrom such as Nystrom(rank=10, damping=0.1), or None")
 
     def solve(self, system: LinearSystem) -> Solution:
         """Return λ by the standard recurrences."""
@@ -85,13 +185,16 @@ class ConjugateGradient(ImplicitMethod):
             return Solution(zeros_like(system.rhs), Status.CONVERGED, 0, 0.0)
         if not math.isfinite(size):
             return Solution(system.rhs, Status.NON_FINITE, 0, size)
-        tolerance = size * (max(self.rtol, rounding_unit(system.rhs)) if self.rtol else 0.0)
+        tolerance = self._tolerance(system.rhs, size)
         adjoint, residual = self._start(system, size)
-        direction = residual
         error = dot(residual, residual)
+        inverse = self._inverse(system) if math.sqrt(error) > tolerance else None
+        # Without a preconditioner z is r itself, and so is its product with r.
+        direction, slope = (residual, error) if inverse is None else _preconditioned(inverse, residual)
         best, smallest = adjoint, error
-        flat = _FLAT * rounding_unit(system.rhs)
-        steepest = 0.0
+        flat = FLAT * rounding_unit(system.rhs)
+        # Preconditioned directions may all be of small curvature: what the preconditioner saw of H counts as met.
+        steepest = 0.0 if inverse is None else inverse.largest
         status, step = Status.TRUNCATED, 0
         while math.sqrt(error) > tolerance:
             if step == self.max_steps:
@@ -101,18 +204,24 @@ class ConjugateGradient(ImplicitMethod):
             if not math.isfinite(curvature):
                 status = Status.NON_FINITE
                 break
-            bent = curvature / dot(direction, direction)
+            squared = dot(direction, direction)
+            if squared == 0 or slope == 0:  # with rtol = 0, once the squares have left the range of the dtype
+                status = Status.CONVERGED
+                break
+            bent = curvature / squared
             steepest = max(steepest, bent)
             if abs(bent) <= flat * steepest:
                 return Solution(best, Status.SINGULAR, step, math.sqrt(smallest) / size)
             if curvature <= 0:
                 status = Status.NEGATIVE_CURVATURE
                 break
-            length = error / curvature
+            length = slope / curvature
             adjoint = add(adjoint, direction, length)
             residual = add(residual, curved, -length)
-            previous, error = error, dot(residual, residual)
-            direction = add(residual, direction, error / previous)
+            error = dot(residual, residual)
+            previous = slope
+            improved, slope = (residual, error) if inverse is None else _preconditioned(inverse, residual)
+            direction = add(improved, direction, slope / previous)
             if error < smallest:
                 best, smallest = adjoint, error
             step += 1
@@ -120,15 +229,11 @@ class ConjugateGradient(ImplicitMethod):
             status = Status.CONVERGED
         return Solution(adjoint, status, step, math.sqrt(error) / size)
 
-    def _start(self, system: LinearSystem, size: float) -> tuple[Vector, Vector]:
-        """Return the first λ and its residual: the kept solution where it is better than zero."""
-        kept = system.last_solution if self.warm_start else None
-        if kept is not None:
-            residual = subtract(system.rhs, self._damped_product(system, kept))
-            if norm(residual) < size:
-                return kept, residual
-        return zeros_like(system.rhs), system.rhs
+    def _inverse(self, system: LinearSystem) -> ApproximateInverse | None:
+        return None if self.preconditioner is None else self.preconditioner.inverse(system)
 
-    def _damped_product(self, system: LinearSystem, vector: Vector) -> Vector:
-        product = system.product(vector)
-        return add(product, vector, self.damping) if self.damping else product
+
+def _preconditioned(inverse: ApproximateInverse, residual: Vector) -> tuple[Vector, float]:
+    """Return z = Pr and r·z."""
+    improved = inverse(residual)
+    return improved, dot(residual, improved)
