@@ -645,7 +645,7 @@ def test_conjugate_gradients_keep_their_statuses_with_a_preconditioner():
 
 
 def test_gmres_begins_anew_once_the_space_is_exhausted():
-    """With rtol = 0 it refines until a cycle finds no more, and says what residual it has then, not what it believes."""
+    """With rtol = 0 it refines until a cycle finds no more, and tells the residual it has, not what it believes."""
     matrix, rhs = symmetric(spectrum(12, 1e6)), torch.randn(12)
     once, again = solved(GMRES(), matrix, rhs), solved(GMRES(rtol=0.0, max_steps=500), matrix, rhs)
     assert (once.status, once.products) == (Status.CONVERGED, 12)

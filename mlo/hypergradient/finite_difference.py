@@ -15,7 +15,7 @@ from mlo.hypergradient.first_order import first_order_only
 from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
 from mlo.options import is_number
 from mlo.products.central_differences import both_sides, differences
-from mlo.products.directional import shift_length, warn_of_asymmetry
+from mlo.products.directional import NEARER, shift_length, warn_of_asymmetry
 from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport, Status
 from mlo.vectors import norm, scale
@@ -116,11 +116,18 @@ class FiniteDifference(HypergradientMethod):
             return tuple(torch.full_like(x, math.nan) if n else None for x, n in zip(inputs, needed, strict=True))
         shift = self.epsilon or shift_length(solution)
         x = leaves(inputs, needed)
-        ahead, behind = both_sides(stage, solution, direction, shift / length, x, want_theta=False)
-        if stage.symmetry_check_due():
-            change = differences(ahead.x, behind.x, length / (2 * shift))
-            warn_of_asymmetry(stage, tuple(solution), tuple(inputs), direction, change)
-        return differences(ahead.x, behind.x, -size * length / (2 * shift))
+
+        def difference(way: float, factor: float) -> tuple[Tensor | None, ...]:
+            ahead, behind = both_sides(stage, solution, direction, way / length, x, want_theta=False)
+            return differences(ahead.x, behind.x, factor * length / (2 * way))
+
+        result = difference(shift, -size)
+        if stage.symmetry_check_due() and size != 0:
+            change = tuple(None if r is None else r / -size for r in result)
+            warn_of_asymmetry(
+                stage, tuple(solution), tuple(inputs), direction, change, lambda: difference(NEARER * shift, 1.0)
+            )
+        return result
 
     @staticmethod
     def _direction(

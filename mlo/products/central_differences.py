@@ -14,7 +14,7 @@ from mlo.autodiff import filled
 from mlo.errors import ConfigurationError, EvaluationError
 from mlo.options import is_number
 from mlo.products.base import Linearisation, Product
-from mlo.products.directional import DirectionalLinearisation, LossGradients, loss_gradients, shift_length
+from mlo.products.directional import NEARER, DirectionalLinearisation, LossGradients, loss_gradients, shift_length
 from mlo.stage_function import StageFunction, leaves
 from mlo.vectors import Vector, add, norm
 
@@ -79,14 +79,20 @@ class _Differences(DirectionalLinearisation):
         self._shift = shift_length(solution) if epsilon is None else epsilon
 
     def derivative(self, direction: Vector, want_inputs: bool) -> tuple[Vector, tuple[Tensor | None, ...]]:
+        return self._difference(direction, want_inputs, self._shift)
+
+    def derivative_nearer(self, direction: Vector) -> tuple[Tensor | None, ...]:
+        return self._difference(direction, True, NEARER * self._shift)[1]
+
+    def _difference(
+        self, direction: Vector, want_inputs: bool, shift: float
+    ) -> tuple[Vector, tuple[Tensor | None, ...]]:
         x = leaves(self.inputs, self.needed if want_inputs else False)
         length = norm(direction)
         if length == 0:
             return direction, tuple(torch.zeros_like(t) if t.requires_grad else None for t in x)
-        ahead, behind = both_sides(
-            self.stage, self.solution, direction, self._shift / length, x, want_theta=not want_inputs
-        )
-        factor = length / (2 * self._shift)
+        ahead, behind = both_sides(self.stage, self.solution, direction, shift / length, x, want_theta=not want_inputs)
+        factor = length / (2 * shift)
         return (
             filled(differences(ahead.theta, behind.theta, factor), self.solution),
             differences(ahead.x, behind.x, factor),
