@@ -50,6 +50,7 @@ OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adam": lambda p: torch.optim.Adam(p, lr=0.02),
+    "adam_with_decay": lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.3),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.3),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.1),
