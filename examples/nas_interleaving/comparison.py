@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from examples.nas_interleaving.genotype import Genotype
-from examples.nas_interleaving.retrain import TestResult, retrain
+from examples.nas_interleaving.retrain import retrain
 from examples.nas_interleaving.run_folder import RESULTS, TABLE, RunFolder
 from examples.nas_interleaving.search import search
 from examples.nas_interleaving.settings import RetrainSettings, SearchSettings
+from examples.nas_interleaving.status import COMPLETE, Tracker, describe
 from examples.nas_interleaving.tasks import Task
 
 INTERLEAVING = "interleaving"
@@ -25,17 +28,30 @@ class Candidate:
         name: how it was found.
         genotype: the architecture.
         search_seconds: time of the search, 0 without one.
+        note: what must be known where its results are read.
 
     """
 
     name: str
     genotype: Genotype
     search_seconds: float
+    note: str = ""
 
 
 def interleaved(folder: RunFolder, tasks: Sequence[Task], settings: SearchSettings) -> Candidate:
     """Search by interleaving learning on all tasks."""
     return _searched(INTERLEAVING, folder, tasks, settings)
+
+
+def found_in(folder: RunFolder) -> Candidate:
+    """Return the architecture of a search, with a note where the search has not come to its end."""
+    status, settings = folder.read_status(), folder.read_search_settings()
+    note = ""
+    if status["state"] != COMPLETE:
+        note = (
+            f"The search is unfinished: {describe(status['state'])} after {status['steps']} of {settings.steps} steps."
+        )
+    return Candidate(INTERLEAVING, folder.read_genotype(), status["seconds"], note)
 
 
 def drawn_at_random(settings: SearchSettings) -> Candidate:
@@ -54,33 +70,58 @@ def _searched(name: str, folder: RunFolder, tasks: Sequence[Task], settings: Sea
     return Candidate(name, genotype, folder.read_status()["seconds"])
 
 
-def evaluate(
-    folder: RunFolder, candidate: Candidate, tasks: Sequence[Task], settings: RetrainSettings, seed: int
-) -> list[TestResult]:
-    """Retrain an architecture on every task, and add the results to the folder as they come."""
-    results = []
-    for task in tasks:
-        title = f"retrain, {candidate.name}, {task.name}, seed {seed}"
-        result = retrain(candidate.genotype, task, settings, seed, title=title)
-        folder.append(
-            RESULTS,
-            {
+class Evaluation:
+    """Test results of architectures that are retrained, in a folder of their own; made by `evaluation`."""
+
+    def __init__(self, folder: RunFolder, tasks: Sequence[Task], settings: RetrainSettings, status: Tracker) -> None:
+        self._folder = folder
+        self._tasks = tasks
+        self._settings = settings
+        self._status = status
+        self._results: list[dict[str, Any]] = []
+
+    def add(self, candidate: Candidate, seed: int) -> None:
+        """Retrain an architecture on every task; the folder is current after each."""
+        for task in self._tasks:
+            title = f"retrain, {candidate.name}, {task.name}, seed {seed}"
+            result = {
                 "architecture": candidate.name,
                 "seed": seed,
                 "search_seconds": candidate.search_seconds,
-                **asdict(result),
-            },
-        )
-        results.append(result)
-    return results
+                "note": candidate.note,
+                **asdict(retrain(candidate.genotype, task, self._settings, seed, title=title)),
+            }
+            self._folder.append(RESULTS, result)
+            self._results.append(result)
+            self._status.count(len(self._results))
+            self.write_table()
+
+    def summary(self) -> str:
+        """Return the table of the results, what they say, and what must be known of them."""
+        notes = [f"Note on {r['architecture']}: {r['note']}" for r in self._results if r["note"]]
+        if self._status.state != COMPLETE:
+            state = describe(self._status.state)
+            notes.append(f"This evaluation is unfinished: {state} after {len(self._results)} networks.")
+        paragraphs = [make_table(self._results), make_verdict(self._results), "\n".join(dict.fromkeys(notes))]
+        return "\n\n".join(filter(None, paragraphs))
+
+    def write_table(self) -> None:
+        """Keep the summary in the folder, if there is anything to sum up."""
+        if self._results:
+            self._folder.write_text(TABLE, self.summary())
 
 
-def summarise(folder: RunFolder) -> str:
-    """Return the table of all results in the folder with a sentence on it, and keep the two there."""
-    results = list(folder.read_lines(RESULTS))
-    text = f"{make_table(results)}\n\n{make_verdict(results)}"
-    folder.write_text(TABLE, text)
-    return text
+@contextmanager
+def evaluation(folder: RunFolder, tasks: Sequence[Task], settings: RetrainSettings) -> Iterator[Evaluation]:
+    """Evaluate architectures in a `with` block; status and table say how it ended."""
+    status = Tracker(folder, "networks")
+    results = Evaluation(folder, tasks, settings, status)
+    try:
+        with status:
+            folder.write_config(settings)
+            yield results
+    finally:
+        results.write_table()
 
 
 def make_table(results: Sequence[dict]) -> str:

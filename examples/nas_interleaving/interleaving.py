@@ -24,7 +24,7 @@ import mlo
 from examples.nas_interleaving.methods import stage_methods
 from examples.nas_interleaving.settings import SearchSettings
 from examples.nas_interleaving.supernet import Architecture, Encoder, Learner
-from examples.nas_interleaving.tasks import SideBySide, Task, batches, check_compatible
+from examples.nas_interleaving.tasks import SideBySide, Task, check_compatible
 
 ARCHITECTURE = "architecture"
 
@@ -89,6 +89,11 @@ def build_engine(tasks: Sequence[Task], settings: SearchSettings) -> mlo.Engine:
     """Return the engine of an interleaving search; K = 1 and M = 1 is plain DARTS.
 
     All encoders start from the same weights, and so do all heads of one task.
+
+    Raises:
+        TaskError: there are no tasks, they do not go together, or one is smaller than a batch.
+        SettingsError: a method, or the stage that it is for, is unknown.
+
     """
     check_compatible(tasks)
     torch.manual_seed(settings.seed)
@@ -133,7 +138,7 @@ def _stage(
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, settings.steps * settings.stage_steps, eta_min=settings.learning_rate / 25
         ),
-        data=batches(task.train, settings.batch_size, seed=draw.getrandbits(31)),
+        data=task.batches("train", settings.batch_size, draw.getrandbits(31), option="batch_size"),
         depends_on=roles,
         steps=settings.stage_steps,
         hypergradient=method,
@@ -144,7 +149,9 @@ def _stage(
 def _search(
     tasks: Sequence[Task], architecture: Architecture, last_round: Sequence[str], draw: Random, settings: SearchSettings
 ) -> ArchitectureSearch:
-    loaders = [batches(task.validation, settings.batch_size, seed=draw.getrandbits(31)) for task in tasks]
+    loaders = [
+        task.batches("validation", settings.batch_size, draw.getrandbits(31), option="batch_size") for task in tasks
+    ]
     return ArchitectureSearch(
         ARCHITECTURE,
         architecture,

@@ -39,14 +39,27 @@ def parse_method(text: str) -> mlo.HypergradientMethod:
 
 
 def stage_methods(texts: Sequence[str], stages: Sequence[str]) -> dict[str, mlo.HypergradientMethod]:
-    """Return each stage's method: a text without "=" before its options is for all stages, later ones win."""
-    chosen = dict.fromkeys(stages, parse_method("finite-difference"))
+    """Return each stage's method: that of its `stage=method`, or else the one text that names no stage."""
+    chosen: dict[str | None, str] = {}
     for text in texts:
-        stage, sign, method = text.partition("=")
-        if not sign or ":" in stage:  # the "=" is one of an option
-            chosen = dict.fromkeys(stages, parse_method(text))
-        elif stage in chosen:
-            chosen[stage] = parse_method(method)
-        else:
+        stage, method = _divided(text)
+        if stage is not None and stage not in stages:
             raise SettingsError(f"method {text!r}: unknown stage {stage!r}; the stages are {', '.join(stages)}.")
-    return chosen
+        if stage in chosen:
+            whose = "all stages" if stage is None else f"stage {stage!r}"
+            raise SettingsError(
+                f"method: two methods for {whose}, {chosen[stage]!r} and {method!r}; expected one. "
+                "stage=method gives a stage one of its own."
+            )
+        chosen[stage] = method
+    parsed = {stage: parse_method(method) for stage, method in chosen.items()}
+    default = parsed.get(None, mlo.FiniteDifference())
+    return {stage: parsed.get(stage, default) for stage in stages}
+
+
+def _divided(text: str) -> tuple[str | None, str]:
+    """Divide a text into its stage, None for all, and its method."""
+    stage, sign, method = text.partition("=")
+    if not sign or ":" in stage:  # the "=" is one of an option
+        return None, text
+    return stage, method

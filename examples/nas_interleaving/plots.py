@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from typing import Any
 
 import matplotlib as mpl
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
 from examples.nas_interleaving.genotype import CELL_KINDS, Cell, Genotype, edge_count
-from examples.nas_interleaving.interleaving import ARCHITECTURE
+from examples.nas_interleaving.interleaving import ARCHITECTURE, stage_names
 from examples.nas_interleaving.operations import OPERATION_NAMES
 from examples.nas_interleaving.run_folder import METRICS, WEIGHTS, RunFolder
 
@@ -22,12 +23,19 @@ WEIGHTS_PNG = "architecture.png"
 _COLOURS = dict(zip(OPERATION_NAMES, mpl.colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
 
 
-def draw_run(folder: RunFolder, tasks: Sequence[str]) -> None:
+def draw_run(folder: RunFolder) -> None:
     """Draw the cells, the losses and the architecture weights of the search in a folder."""
-    draw_cells(folder.read_genotype()).savefig(folder.path / CELLS_PNG)
-    draw_weights(list(folder.read_lines(WEIGHTS))).savefig(folder.path / WEIGHTS_PNG)
-    if (folder.path / METRICS).exists():  # not before the first step
-        draw_losses(list(folder.read_lines(METRICS)), tasks).savefig(folder.path / LOSSES_PNG)
+    settings = folder.read_search_settings()
+    _save(folder, CELLS_PNG, draw_cells(folder.read_genotype()))
+    _save(folder, WEIGHTS_PNG, draw_weights(list(folder.read_lines(WEIGHTS))))
+    if folder.has(METRICS):  # not before the first step
+        _save(folder, LOSSES_PNG, draw_losses(list(folder.read_lines(METRICS)), settings.tasks, settings.rounds))
+
+
+def _save(folder: RunFolder, name: str, figure: Figure) -> None:
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png")
+    folder.write_bytes(name, drawn.getvalue())
 
 
 def draw_cells(genotype: Genotype) -> Figure:
@@ -98,11 +106,10 @@ def _draw_edge(axes: Axes, start: tuple[float, float], end: tuple[float, float],
     )
 
 
-def draw_losses(lines: Sequence[dict[str, Any]], tasks: Sequence[str]) -> Figure:
+def draw_losses(lines: Sequence[dict[str, Any]], tasks: Sequence[str], rounds: int) -> Figure:
     """Return the losses of all stages over the steps, a row for each round and a column for each learner."""
-    stages = [name for name in dict.fromkeys(line["problem"] for line in lines) if name != ARCHITECTURE]
-    columns = len(tasks)
-    rows = len(stages) // columns
+    columns, rows = len(tasks), rounds
+    stages = stage_names(columns, rows)
     figure = Figure(figsize=(4.2 * columns + 1, 2.6 * (rows + 1)), dpi=110, layout="constrained")
     grid = figure.add_gridspec(rows + 1, columns)
     for position, stage in enumerate(stages):

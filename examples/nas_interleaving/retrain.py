@@ -14,7 +14,7 @@ from examples.nas_interleaving.genotype import Genotype
 from examples.nas_interleaving.network import Network
 from examples.nas_interleaving.progress import progress
 from examples.nas_interleaving.settings import RetrainSettings
-from examples.nas_interleaving.tasks import Task, TaskError, batches
+from examples.nas_interleaving.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,16 @@ class TestResult:
     seconds: float
 
 
+def training_batches(task: Task, settings: RetrainSettings, seed: int) -> DataLoader:
+    """Return what a network is trained on.
+
+    Raises:
+        TaskError: the task has fewer images than one batch.
+
+    """
+    return task.batches("final_train", settings.retrain_batch_size, seed, option="retrain_batch_size")
+
+
 def retrain(
     genotype: Genotype, task: Task, settings: RetrainSettings, seed: int, *, title: str = "retrain"
 ) -> TestResult:
@@ -48,12 +58,7 @@ def retrain(
     network = Network(
         genotype, task.image_shape[0], settings.retrain_channels, settings.retrain_cells, task.classes
     ).train()
-    loader = batches(task.final_train, settings.retrain_batch_size, seed)
-    if len(loader) == 0:
-        raise TaskError(
-            f"task {task.name!r} has {len(task.final_train)} images to train on; expected at least one batch. "  # type: ignore[arg-type]
-            f"Lower retrain_batch_size (now {settings.retrain_batch_size})."
-        )
+    loader = training_batches(task, settings, seed)
     optimizer = torch.optim.SGD(
         network.parameters(),
         lr=settings.retrain_learning_rate,

@@ -6,16 +6,19 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import mlo
-from examples.nas_interleaving.genotype import Genotype
-from examples.nas_interleaving.settings import SearchSettings, Settings, SettingsError
+from examples.nas_interleaving.genotype import CELL_KINDS, Genotype
+from examples.nas_interleaving.settings import SearchSettings, Settings
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -25,9 +28,13 @@ STATUS = "status.json"
 RESULTS = "results.jsonl"
 TABLE = "table.md"
 
+_A_SEARCH = " Expected the folder of a search."
+
+T = TypeVar("T")
+
 
 class RunFolderError(ValueError):
-    """A folder cannot be written, or is not one of a run."""
+    """A folder cannot be made, written or read, or is not one of a run."""
 
 
 class RunFolder:
@@ -35,6 +42,10 @@ class RunFolder:
 
     Lines are flushed as they are written and whole files are replaced in one operation, so that an interruption
     at any moment leaves every file readable.
+
+    Raises:
+        RunFolderError: by every method, where the file system refuses or a file does not hold what it should.
+
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -45,39 +56,46 @@ class RunFolder:
         """Make a new folder.
 
         Raises:
-            RunFolderError: there is something at this place.
+            RunFolderError: there is something at this place, or nothing can be.
 
         """
         folder = cls(path)
-        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-            raise RunFolderError(f"{path} exists and is not empty; expected a new folder, so that no run is lost.")
-        folder.path.mkdir(parents=True, exist_ok=True)
+        with _refused(folder.path, "made", " Expected a place for a new folder."):
+            if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+                raise RunFolderError(f"{path} exists and is not empty; expected a new folder, so that no run is lost.")
+            folder.path.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def new_part(self, name: str) -> RunFolder:
+        """Make a folder inside this one, with a number behind its name if the name is taken."""
+        with _refused(self.path, "read"):
+            taken = {found.name for found in self.path.iterdir()}
+        names = (name if number == 1 else f"{name}_{number}" for number in count(1))
+        return RunFolder.create(self.path / next(free for free in names if free not in taken))
+
+    def has(self, name: str) -> bool:
+        """Return whether there is such a file."""
+        with _refused(self.path / name, "read"):
+            return (self.path / name).exists()
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file as a whole."""
+        unfinished = self.path / f".{name}.unfinished"
+        with _refused(self.path / name, "written"):
+            try:
+                unfinished.write_bytes(content)
+                os.replace(unfinished, self.path / name)
+            except BaseException:
+                unfinished.unlink(missing_ok=True)
+                raise
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file as a whole."""
-        unfinished = self.path / f".{name}.unfinished"
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        os.replace(unfinished, self.path / name)
+        self.write_bytes(name, f"{text}\n".encode())
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a value as JSON."""
         self.write_text(name, json.dumps(value, indent=2))
-
-    def append(self, name: str, *lines: Mapping[str, Any]) -> None:
-        """Add JSON lines to a file."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-
-    def read_lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """Return the JSON lines of a file."""
-        with (self.path / name).open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
-
-    def new_part(self, name: str) -> RunFolder:
-        """Make a folder inside this one, with a number behind its name if the name is taken."""
-        taken = sum(1 for found in self.path.glob(f"{name}*") if found.is_dir())
-        return RunFolder.create(self.path / (name if taken == 0 else f"{name}_{taken + 1}"))
 
     def write_config(self, settings: Settings) -> None:
         """Write the settings, and what else a run depends on."""
@@ -91,25 +109,76 @@ class RunFolder:
             },
         )
 
+    def append(self, name: str, *lines: Mapping[str, Any]) -> None:
+        """Add JSON lines to a file."""
+        with _refused(self.path / name, "written"), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    def read_lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """Return the JSON lines of a file, but for a last one that was torn when its writer was killed."""
+        with _refused(self.path / name, "read", _A_SEARCH), (self.path / name).open("rb") as file:
+            for number, line in enumerate(file, 1):
+                content = _read_line(line, f"{self.path / name} cannot be read: line {number}")
+                if content is not None:
+                    yield content
+
     def read_search_settings(self) -> SearchSettings:
         """Return the settings of the search in this folder."""
-        return SearchSettings.from_dict(self._read(CONFIG, json.loads)["settings"])
-
-    def read_genotype(self) -> Genotype:
-        """Return the architecture that was found."""
-        return self._read(GENOTYPE, Genotype.from_json)
+        return self._read(CONFIG, _search_settings)
 
     def read_status(self) -> dict[str, Any]:
-        """Return how far the search has come."""
-        return self._read(STATUS, json.loads)
+        """Return how far the search has come: its state, steps and seconds."""
+        return self._read(STATUS, lambda text: _json_object(text, "state", "steps", "seconds"))
 
-    def _read(self, name: str, parse: Any) -> Any:
-        file = self.path / name
+    def read_genotype(self) -> Genotype:
+        """Return the architecture that was found: that of the last step where the search was killed."""
+        return self._read(GENOTYPE, Genotype.from_json) if self.has(GENOTYPE) else self.decode_weights()
+
+    def decode_weights(self) -> Genotype:
+        """Return the architecture that the weights of the last step stand for."""
+        last = deque(self.read_lines(WEIGHTS), maxlen=1)
+        if not last:
+            raise RunFolderError(f"{self.path / WEIGHTS} holds no weights: the search ended before it began.")
         try:
-            return parse(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RunFolderError(f"{file} does not exist; expected the folder of a search.") from None
-        except (ValueError, KeyError) as error:
-            if isinstance(error, SettingsError):
-                raise
-            raise RunFolderError(f"{file} cannot be read: {error}") from error
+            return Genotype.decode({kind: torch.tensor(last[0][kind]) for kind in CELL_KINDS})
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{self.path / WEIGHTS} cannot be read: no weights in its last line.") from error
+
+    def _read(self, name: str, parse: Callable[[str], T]) -> T:
+        file = self.path / name
+        with _refused(file, "read", _A_SEARCH):
+            try:
+                return parse(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise RunFolderError(f"{file} cannot be read: {error}") from error
+
+
+@contextmanager
+def _refused(path: Path, action: str, remedy: str = "") -> Iterator[None]:
+    """Turn what the file system refuses into a `RunFolderError`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be {action}: {error.strerror or error}.{remedy}") from error
+
+
+def _read_line(line: bytes, refusal: str) -> dict[str, Any] | None:
+    """Return what a line holds, None for one that is torn."""
+    try:
+        return _json_object(line)
+    except ValueError as error:
+        if line.endswith(b"\n"):
+            raise RunFolderError(f"{refusal}: {error}") from error
+        return None
+
+
+def _json_object(text: str | bytes, *entries: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict) or not set(entries) <= set(found):
+        wanted = f" with {', '.join(entries)}" if entries else ""
+        raise ValueError(f"expected a JSON object{wanted}, got {found!r:.100}.")
+    return found
+
+
+def _search_settings(text: str) -> SearchSettings:
+    return SearchSettings.from_dict(_json_object(text, "settings")["settings"])

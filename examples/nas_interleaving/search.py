@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,9 @@ from examples.nas_interleaving import plots
 from examples.nas_interleaving.genotype import CELL_KINDS, Genotype
 from examples.nas_interleaving.interleaving import ARCHITECTURE, build_engine
 from examples.nas_interleaving.progress import progress
-from examples.nas_interleaving.run_folder import GENOTYPE, METRICS, STATUS, WEIGHTS, RunFolder
+from examples.nas_interleaving.run_folder import GENOTYPE, METRICS, WEIGHTS, RunFolder
 from examples.nas_interleaving.settings import SearchSettings
+from examples.nas_interleaving.status import Tracker
 from examples.nas_interleaving.supernet import edge_weights
 from examples.nas_interleaving.tasks import Task
 
@@ -24,49 +25,40 @@ from examples.nas_interleaving.tasks import Task
 def search(folder: RunFolder, tasks: Sequence[Task], settings: SearchSettings, *, title: str = "search") -> Genotype:
     """Search an architecture and return it; the folder gets configuration, metrics, genotype and drawings.
 
+    The tasks are those given, whatever names stand in the settings; the folder records the names of those given.
     An interruption leaves the folder as complete as the search itself, and is raised again.
     """
-    folder.write_config(settings)
     engine = build_engine(tasks, settings)
-    folder.write_text("graph.txt", str(engine.graph))
-    folder.write_text("graph.mmd", engine.graph.to_mermaid())
-    started = time.perf_counter()
-    state = "failed"
-    _record_weights(folder, engine)
     try:
-        with progress(settings.steps, title) as bar:
-            engine.run(
-                settings.steps,
-                validate_every=settings.validate_every,
-                callbacks=[partial(_record, folder), partial(_show, bar)],
-            )
-        state = "complete"
-    except KeyboardInterrupt:
-        state = "interrupted"
-        raise
+        with Tracker(folder, "steps") as status:
+            folder.write_config(replace(settings, tasks=tuple(task.name for task in tasks)))
+            folder.write_text("graph.txt", str(engine.graph))
+            folder.write_text("graph.mmd", engine.graph.to_mermaid())
+            _record_weights(folder, engine)
+            with progress(settings.steps, title) as bar:
+                engine.run(
+                    settings.steps,
+                    validate_every=settings.validate_every,
+                    callbacks=[partial(_record, folder, status), partial(_show, bar)],
+                )
     finally:
-        seconds = round(time.perf_counter() - started, 3)
-        folder.write_json(STATUS, {"state": state, "steps": engine.step_count, "seconds": seconds})
-        genotype = Genotype.decode(_weights(engine))
-        folder.write_text(GENOTYPE, genotype.to_json())
-        plots.draw_run(folder, tasks=[task.name for task in tasks])
-    return genotype
-
-
-def _weights(engine: mlo.Engine) -> dict[str, torch.Tensor]:
-    with torch.no_grad():
-        return edge_weights(dict(engine.problems[ARCHITECTURE].module.named_parameters()))
+        if folder.has(WEIGHTS):  # the end can come before them
+            folder.write_text(GENOTYPE, folder.decode_weights().to_json())
+            plots.draw_run(folder)
+    return folder.read_genotype()
 
 
 def _record_weights(folder: RunFolder, engine: mlo.Engine) -> None:
-    weights = _weights(engine)
+    with torch.no_grad():
+        weights = edge_weights(dict(engine.problems[ARCHITECTURE].module.named_parameters()))
     rounded = {kind: [[round(w, 6) for w in row] for row in weights[kind].tolist()] for kind in CELL_KINDS}
     folder.append(WEIGHTS, {"step": engine.step_count, **rounded})
 
 
-def _record(folder: RunFolder, engine: mlo.Engine, reports: dict[str, mlo.ProblemReport]) -> None:
+def _record(folder: RunFolder, status: Tracker, engine: mlo.Engine, reports: dict[str, mlo.ProblemReport]) -> None:
     folder.append(METRICS, *(_line(engine, name, report) for name, report in reports.items()))
     _record_weights(folder, engine)
+    status.count(engine.step_count)  # last, so that no step counts that is not recorded
 
 
 def _line(engine: mlo.Engine, name: str, report: mlo.ProblemReport) -> dict[str, Any]:

@@ -11,8 +11,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from examples.nas_interleaving.labelled_images import DataError, check_labelled_images
+
+PARTS = ("train", "validation", "final_train", "test")
+
 _SPLIT_SEED = 0
 _TEST_SHARE = 0.3
+
+
+class TaskError(ValueError):
+    """A task's name cannot be understood, its data cannot be used, or tasks do not go together."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,10 @@ class Task:
         final_train: trains the network that is derived (commonly the two above together).
         test: untouched until the end.
 
+    Raises:
+        TaskError: the data are not such images. A `TensorDataset` is checked as a whole, any other data set by
+            items from its whole length.
+
     """
 
     name: str
@@ -36,14 +48,38 @@ class Task:
     final_train: Dataset
     test: Dataset
 
+    def __post_init__(self) -> None:
+        """Check the four parts."""
+        if not isinstance(self.classes, int) or self.classes < 2:
+            raise TaskError(f"task {self.name!r}: classes = {self.classes!r}: expected an integer of at least 2.")
+        for part in PARTS:
+            self._check(part)
+
+    def _check(self, part: str) -> None:
+        try:
+            check_labelled_images(getattr(self, part), self.classes)
+        except DataError as error:
+            raise TaskError(f"task {self.name!r}, {part}: {error}") from error
+
     @property
     def image_shape(self) -> tuple[int, ...]:
         """Channels, height and width."""
         return tuple(self.train[0][0].shape)
 
+    def batches(self, part: str, size: int, seed: int, *, option: str) -> DataLoader:
+        """Return `batches` of a part.
 
-class TaskError(ValueError):
-    """A task's name cannot be understood, or tasks do not go together."""
+        Raises:
+            TaskError: the part is smaller than one batch; the message names the option that sets the size.
+
+        """
+        data = getattr(self, part)
+        if len(data) < size:
+            raise TaskError(
+                f"task {self.name!r} has {len(data)} images in {part}; expected at least one batch of {option} = "
+                f"{size}. Lower {option}."
+            )
+        return batches(data, size, seed)
 
 
 def batches(data: Dataset, size: int, seed: int) -> DataLoader:
@@ -76,18 +112,19 @@ def load_tasks(names: Sequence[str]) -> list[Task]:
         TaskError: a name is unknown or given twice, or the tasks' images differ in shape.
 
     """
-    repeated = sorted({name for name in names if list(names).count(name) > 1})
-    if repeated:
-        raise TaskError(f"task {repeated[0]!r} is given twice; expected different tasks.")
-    if not names:
-        raise TaskError("expected at least one task, e.g. digits:0-4.")
     tasks = [_load(name) for name in names]
     check_compatible(tasks)
     return tasks
 
 
 def check_compatible(tasks: Sequence[Task]) -> None:
-    """Raise an error if one encoder cannot serve all tasks."""
+    """Raise an error if there are no tasks, two of one name, or tasks that one encoder cannot serve."""
+    if not tasks:
+        raise TaskError("expected at least one task, got none.")
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise TaskError(f"task {name!r} is given twice; expected a different name for each task.")
     for task in tasks[1:]:
         if task.image_shape != tasks[0].image_shape:
             raise TaskError(
