@@ -4,8 +4,9 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    try:
-        from examples.nas_interleaving.cli import main
-    except KeyboardInterrupt:  # loading PyTorch takes seconds
-        sys.exit(128 + signal.SIGINT)
+    # PyTorch takes seconds to load, and answers an exception in the middle with a long traceback or an abort.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from examples.nas_interleaving.cli import main
+
+    signal.signal(signal.SIGINT, handler)
     sys.exit(main())

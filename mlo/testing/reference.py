@@ -1,0 +1,175 @@
+"""Exact solutions and hypergradients of levels, by plain linear algebra and `torch.func`: no engine takes part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mlo.testing.level import Level
+from mlo.testing.resolving import Hierarchy, Resolver, Values
+from mlo.testing.solvers import Newton
+
+#: From a stage's Jacobian to the matrix that stands in the place of its inverse.
+Inverse = Callable[[Tensor], Tensor]
+
+_MOST_STEPS = 100
+
+
+def solved_in_order(levels: Sequence[Level]) -> list[Level]:
+    """Return the levels with each stage at its solution for those before it and for the upper problem, the last one.
+
+    For graphs in which no stage's solution depends on a stage that comes earlier in the sequence and reads it. Newton's
+    method with `torch.func.jacfwd` from each level's start.
+    """
+    values = {levels[-1].name: levels[-1].start}
+    solved = []
+    for level in levels[:-1]:
+        others = {d: values[d] for d in level.reads}
+        theta = level.start
+        for _ in range(_MOST_STEPS):
+            step = torch.linalg.solve(_jacobian(level, theta, others), level.gradient(theta, others))
+            theta = theta - step
+            if torch.linalg.vector_norm(step) <= 1e-14 * (1 + torch.linalg.vector_norm(theta)):
+                break
+        values[level.name] = theta
+        solved.append(replace(level, start=theta))
+    return [*solved, levels[-1]]
+
+
+def reverse_sweep(levels: Sequence[Level], inverse: Inverse = torch.linalg.inv) -> Tensor:
+    """Return the hypergradient of the last level at the levels' starts, by one sweep over dense Jacobians.
+
+    With J = ∂g/∂θ and G_d = ∂g/∂θ_d of each stage, from the highest to the lowest:
+
+        λ = J⁻ᵀ c,   c_d ← c_d − G_dᵀ λ        beginning with c_d = ∂F/∂θ_d.
+
+    `inverse` gives what stands in the place of J⁻¹: the exact formula of a truncated method.
+    """
+    values = {level.name: level.start for level in levels}
+    top = levels[-1]
+
+    def upper(given: Mapping[str, Tensor]) -> Tensor:
+        return top.loss(given[top.name], {d: given[d] for d in top.reads}, top.constants)
+
+    cotangents: dict[str, Tensor] = torch.func.grad(upper)(values)
+    for level in reversed(levels[:-1]):
+        own, others = level.start, {d: values[d] for d in level.reads}
+        adjoint = inverse(_jacobian(level, own, others)).T @ cotangents[level.name]
+        mixed = torch.func.jacrev(lambda given, level=level, own=own: level.gradient(own, given))(others)
+        for d in level.reads:
+            cotangents[d] = cotangents[d] - mixed[d].T @ adjoint
+    return cotangents[top.name]
+
+
+def solved_nested(levels: Sequence[Level]) -> tuple[list[Level], Tensor, float]:
+    """Return the levels at their solutions, the hypergradient of the last one, and the stages' condition numbers added.
+
+    For graphs in which every level reads all others: each stands inside the gradients of those above it.
+    """
+    resolver = Resolver(_Nested(levels), {level.name: Newton() for level in levels[:-1]})
+    top = levels[-1].name
+    values = resolver.solved(top, {level.name: level.start for level in levels})
+    gradient = resolver.hypergradient(top, values)
+    solved = [replace(level, start=values[level.name]) for level in levels]
+    return solved, gradient, sum(_condition(resolver.jacobian(level.name, values)) for level in levels[:-1])
+
+
+@dataclass(frozen=True)
+class Eliminated:
+    """Nested quadratic levels solved from below.
+
+    Attributes:
+        values: all numbers v, level after level, at the solutions for given numbers of the upper problem.
+        gradient: that of the upper problem's reduced loss.
+        condition: the condition numbers of the stages' reduced Hessians added.
+
+    """
+
+    values: Tensor
+    gradient: Tensor
+    condition: float
+
+
+def eliminated(quadratics: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> Eliminated:
+    """Solve nested levels with losses ½ vᵀQv + bᵀv in all their numbers v at once, the last one at x.
+
+    From the lowest level up, v is an affine function S u + s of the numbers u that are left. The level's own numbers o
+    leave u = (o, r) by their stationarity
+
+        (SᵀQS)_oo o + (SᵀQS)_or r + (Sᵀ(Qs + b))_o = 0,
+
+    so that in the end v = S x + s, and the upper problem's reduced gradient is Sᵀ(Qv + b).
+
+    Args:
+        quadratics: Q and b of each level, lowest first, each level with as many numbers as `x`.
+        x: the upper problem's numbers.
+
+    """
+    n, total = len(x), len(x) * len(quadratics)
+    s, shift = torch.eye(total, dtype=x.dtype), torch.zeros(total, dtype=x.dtype)
+    conditions = 0.0
+    for q, b in quadratics[:-1]:
+        reduced, linear = s.T @ q @ s, s.T @ (q @ shift + b)
+        own = reduced[:n, :n]
+        conditions += _condition(own)
+        shift = shift - s[:, :n] @ torch.linalg.solve(own, linear[:n])
+        s = s[:, n:] - s[:, :n] @ torch.linalg.solve(own, reduced[:n, n:])
+    q, b = quadratics[-1]
+    values = s @ x + shift
+    return Eliminated(values, s.T @ (q @ values + b), conditions)
+
+
+def condition(levels: Sequence[Level]) -> float:
+    """Return the condition numbers of all stages added: how much a relative residual is magnified at most."""
+    values = {level.name: level.start for level in levels}
+    return sum(_condition(_jacobian(level, level.start, {d: values[d] for d in level.reads})) for level in levels[:-1])
+
+
+def _jacobian(level: Level, own: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+    found: Tensor = torch.func.jacfwd(lambda v: level.gradient(v, others))(own)
+    return found
+
+
+def _condition(matrix: Tensor) -> float:
+    return float(torch.linalg.cond(matrix))
+
+
+class _Nested(Hierarchy):
+    """Levels of which each one leads all below it."""
+
+    def __init__(self, levels: Sequence[Level]) -> None:
+        self._levels = {level.name: level for level in levels}
+        self._names = tuple(level.name for level in levels)
+
+    def inner(self, name: str) -> tuple[str, ...]:
+        return self._names[: self._names.index(name)][::-1]
+
+    def loss(self, name: str, values: Values) -> float:
+        return self._loss(name, values).item()
+
+    def partials(self, name: str, values: Values) -> dict[str, Tensor]:
+        differentiable = torch.is_grad_enabled()
+        owners = [name, *(d for d in self._levels[name].reads if d in values)]
+        with torch.enable_grad():
+            # Aliases, so that a derivative is taken in this argument only, whatever else depends on it.
+            at = {n: v.view_as(v) if v.requires_grad else v.detach().requires_grad_() for n, v in values.items()}
+            loss = self._loss(name, at)
+            found = torch.autograd.grad(loss, [at[q] for q in owners], create_graph=differentiable, allow_unused=True)
+        return {q: torch.zeros_like(at[q]) if g is None else g for q, g in zip(owners, found, strict=True)}
+
+    def stationarity(self, name: str, gradient: Tensor, own: Tensor) -> Tensor:
+        level = self._levels[name]
+        return (-gradient if level.maximise else gradient) + level.decay * own
+
+    def objective(self, name: str, loss: float, own: Tensor) -> float | None:
+        return None
+
+    def takes_part(self, name: str) -> Tensor:
+        return torch.ones_like(self._levels[name].start, dtype=torch.bool)
+
+    def _loss(self, name: str, values: Values) -> Tensor:
+        level = self._levels[name]
+        return level.loss(values[name], {d: values[d] for d in level.reads}, level.constants)
