@@ -20,8 +20,8 @@ import mlo
 import mlo.testing
 from mlo.testing import LBFGS, Layout, Newton, check_hypergradient, check_method, zoo
 from mlo.testing.differences import derivative
-from mlo.testing.reference import reverse_sweep, solved_nested
-from mlo.testing.solvers import Equation
+from mlo.testing.reference import linearised, solved_nested
+from mlo.testing.solver import Equation
 
 EXACT = mlo.ConjugateGradient()
 
@@ -91,7 +91,7 @@ def test_every_problem_stands_at_its_solution_and_nothing_else_moves_it():
 
 def test_exact_answers_agree_with_a_second_derivation():
     ridge = zoo.ridge()  # the closed form and the dense sweep
-    assert relative(reverse_sweep(ridge.levels), ridge.gradient) < 1e-13
+    assert relative(linearised(ridge.levels).reverse_sweep(), ridge.gradient) < 1e-13
     nested = zoo.nested_quadratic(3)  # elimination and dense recursion
     solved, gradient, condition = solved_nested(
         [replace(v, start=0 * v.start) for v in nested.levels[:-1]] + [nested.levels[-1]]
@@ -159,7 +159,7 @@ METHODS = {
     "StopGradient": (mlo.StopGradient(), lambda h: 0 * h),
     "Unroll": (
         mlo.Unroll(),
-        lambda h: 0.1 * sum(torch.linalg.matrix_power(eye(h) - 0.1 * h, k) for k in range(mlo.testing.laws.STEPS)),
+        lambda h: 0.1 * sum(torch.linalg.matrix_power(eye(h) - 0.1 * h, k) for k in range(mlo.testing.probe.STEPS)),
     ),
     "AdaptiveIdentity": (mlo.AdaptiveIdentity(), lambda h: 0.1 * eye(h)),
     "SOBA": (mlo.SOBA(), lambda h: 0.1 * eye(h)),
@@ -521,6 +521,7 @@ def test_check_method_leaves_the_method_and_the_generators_alone():
     method = mlo.ConjugateGradient()
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     check_method(method, problems=[zoo.chain(2)])
+    check_method(Draws(), problems=[zoo.chain(2)])
     assert type(method) is mlo.ConjugateGradient
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()

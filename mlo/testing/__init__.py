@@ -8,10 +8,12 @@ from mlo.testing.comparison import Comparison
 from mlo.testing.errors import CheckError, NotSolvedError
 from mlo.testing.hypergradient_check import HypergradientCheck, check_hypergradient
 from mlo.testing.known_problem import KnownProblem
+from mlo.testing.lbfgs import LBFGS
 from mlo.testing.level import Layout, with_gradient
 from mlo.testing.method_check import MethodCheck, check_method
+from mlo.testing.newton import Newton
 from mlo.testing.outcomes import LawResult, ProblemResult
-from mlo.testing.solvers import LBFGS, Newton, Solver
+from mlo.testing.solver import Solver
 
 __all__ = [
     "LBFGS",

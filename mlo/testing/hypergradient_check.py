@@ -17,8 +17,9 @@ from mlo.testing.differences import Derivative, derivative
 from mlo.testing.errors import CheckError
 from mlo.testing.flat import joined, unit_vector
 from mlo.testing.inside import EngineHierarchy, opened, require_double_precision
+from mlo.testing.newton import Newton
 from mlo.testing.resolving import Resolver, solvers_for
-from mlo.testing.solvers import Newton, Solver
+from mlo.testing.solver import Solver
 from mlo.testing.tables import shown, table
 
 # The first step of a difference, as a share of the point's length.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from mlo.engine import Engine
 from mlo.hypergradient import HypergradientMethod
 from mlo.testing.level import LEARNING_RATE, MIXED, WHOLE, Layout, Level, Numbers, engine_of
-from mlo.testing.reference import Inverse, condition, reverse_sweep, solved_in_order, solved_nested
+from mlo.testing.reference import Inverse, Linearised, condition, linearised, solved_in_order, solved_nested
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,11 @@ class KnownProblem:
         """
         if "nested" in self.tags:
             raise ValueError(f"{self.name} is nested: a truncated method has no exact formula there.")
-        return self._arranged(reverse_sweep(self.levels, inverse))
+        return self._arranged(self._linearised.reverse_sweep(inverse))
+
+    @cached_property
+    def _linearised(self) -> Linearised:
+        return linearised(self.levels)
 
     def _arranged(self, gradient: Tensor) -> dict[str, Tensor]:
         start = self.levels[-1].start
@@ -106,14 +111,13 @@ class KnownProblem:
 
 
 def known(
-    name: str,
-    levels: list[Level],
-    *tags: str,
-    gradient: Callable[[list[Level]], Tensor] = reverse_sweep,
+    name: str, levels: list[Level], *tags: str, gradient: Callable[[list[Level]], Tensor] | None = None
 ) -> KnownProblem:
     """Solve levels without nesting and return them with their exact hypergradient, by default by a dense sweep."""
     solved = solved_in_order(levels)
-    return KnownProblem(name, tuple(solved), gradient(solved), frozenset(tags), condition(solved))
+    linear = linearised(solved)
+    exact = linear.reverse_sweep() if gradient is None else gradient(solved)
+    return KnownProblem(name, tuple(solved), exact, frozenset(tags), condition(linear))
 
 
 def known_nested(name: str, levels: list[Level], *tags: str) -> KnownProblem:

@@ -1,146 +1,20 @@
-"""Laws that every method must keep, whether its solves converge or not.
-
-Each is tried on a small probe: a stage with six numbers under an upper problem whose loss is a·θ*(x), so that the
-gradient in x is the method's answer −Gᵀ H⁻ᵀ a and nothing else.
-"""
+"""Laws that every method must keep, whether its solves converge or not."""
 
 from __future__ import annotations
 
-import copy
-import math
-import random
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mlo.engine import Engine
-from mlo.errors import BreakdownError, ConfigurationError, MloWarning
-from mlo.hypergradient import HypergradientMethod, StopGradient
-from mlo.problem import Problem
-from mlo.testing.level import LEARNING_RATE, WHOLE, Layout, Level, Numbers, OptimizerFactory, engine_of, with_gradient
+from mlo.errors import BreakdownError, ConfigurationError
+from mlo.hypergradient import HypergradientMethod
+from mlo.testing.level import LEARNING_RATE, WHOLE, Layout, Numbers, OptimizerFactory, with_gradient
 from mlo.testing.outcomes import LawResult
-from mlo.testing.reference import condition, solved_in_order
-from mlo.testing.watched import Watch, damping_of, watched
-
-Vectors = Mapping[str, Tensor]
-
-_SIZE = 6
-_READ = 4
-#: How many steps a stage takes for methods that differentiate through steps.
-STEPS = 3
-
-
-class Probe:
-    """Runs one method on variants of one small problem."""
-
-    def __init__(self, method: HypergradientMethod, dtype: torch.dtype) -> None:
-        """Draw the problem's data from a generator of its own."""
-        self.method, self.dtype = method, dtype
-        self._generator = torch.Generator().manual_seed(0)
-        q = torch.linalg.qr(self.normal(_SIZE, _SIZE)).Q
-        self.hessian = q @ torch.diag(torch.linspace(1.0, 5.0, _SIZE, dtype=torch.float64)) @ q.T
-        self.coupling = torch.cat([self.normal(_SIZE, _READ), torch.zeros(_SIZE, 1, dtype=torch.float64)], dim=1)
-        self.offset = self.normal(_SIZE)
-        self.point = self.normal(_READ + 1)
-        self.a, self.b = self.normal(_SIZE), self.normal(_SIZE)
-        self._stage = solved_in_order([self.stage(), self.upper(self.a)])[0]
-        self._condition = condition([self._stage, self.upper(self.a)])
-
-    def normal(self, *shape: int) -> Tensor:
-        """Return random numbers in float64."""
-        return torch.randn(shape, generator=self._generator, dtype=torch.float64)
-
-    @property
-    def tolerance(self) -> float:
-        """How much two answers may differ that are equal but for rounding."""
-        return same_answer(self.dtype)
-
-    def stage(self, *, hessian: Tensor | None = None, curved: bool = True) -> Level:
-        """Return the stage ½θᵀAθ + Σ cosh(θ/2) − θᵀ(b + Bx)."""
-        constants = {"A": self.hessian if hessian is None else hessian, "B": self.coupling, "b": self.offset}
-        start = torch.zeros(_SIZE, dtype=torch.float64)
-        return Level("w", ("top",), _curved_stage if curved else _stage, start, constants)
-
-    def upper(self, a: Tensor, loss: Callable[[Tensor, Vectors, Vectors], Tensor] | None = None) -> Level:
-        """Return the upper problem a·θ, with a term in its last number alone, so that it has a gradient anyway."""
-        return Level("top", ("w",), loss or _linear, self.point, {"a": a})
-
-    def solved(self, a: Tensor, stage: Level | None = None) -> list[Level]:
-        """Return both levels, the stage (by default the usual one) at its solution."""
-        upper = self.upper(a)
-        return [self._stage, upper] if stage is None else solved_in_order([stage, upper])
-
-    def engine(self, levels: Sequence[Level], method: HypergradientMethod, **options: Any) -> Engine:
-        """Return an engine at the solution."""
-        return engine_of(levels, method, dtype=self.dtype, **{"layouts": {"w": WHOLE, "top": WHOLE}, **options})
-
-    def answer(self, levels: Sequence[Level], **options: Any) -> tuple[Tensor, Watch]:
-        """Return the method's answer in float64, and how it was found."""
-        method, watch = watched(self.method)
-        engine = ready(lambda steps: self.engine(levels, method, steps=steps, **options), method)
-        watch.reports.clear()
-        watch.residuals.clear()
-        found = engine.hypergradient("top")["piece_0"]
-        return found[:_READ].double(), watch
-
-    def differs(self, found: Tensor, expected: Tensor, watches: Sequence[Watch] = ()) -> str:
-        """Return how two answers differ, or nothing if they are equal up to rounding and what solves leave over."""
-        residual = max((w.worst_residual for w in watches if w.converged), default=0.0)
-        left_over = 100 * self._condition * residual
-        size = max(expected.norm().item(), found.norm().item())
-        error = (found - expected).norm().item() / size if size else 0.0
-        if error <= max(self.tolerance, left_over):
-            return ""
-        return f"relative difference {error:.1e}" if torch.isfinite(found).all() else "not finite"
-
-
-def same_answer(dtype: torch.dtype) -> float:
-    """Return how much two answers may differ that are equal but for rounding, central differences allowed for."""
-    return min(10 * math.sqrt(torch.finfo(dtype).eps), 0.3)
-
-
-def ready(build: Callable[[int], Engine], method: HypergradientMethod) -> Engine:
-    """Return an engine of which `method` can give a hypergradient.
-
-    One that differentiates through steps needs some: the stages take them at their solutions, where they stay.
-    """
-    if not method.recorded_steps(STEPS):
-        return build(1)
-    engine = build(STEPS)
-    upper = engine.problems[engine.graph.names[-1]]
-    upper.warmup = 1
-    with quiet():
-        engine.step()
-    return engine
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Let the library's warnings pass, since a report tells what matters, and warnings may be errors."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MloWarning)
-        yield
-
-
-def _stage(own: Tensor, others: Vectors, c: Vectors) -> Tensor:
-    return 0.5 * own @ c["A"] @ own - own @ (c["b"] + c["B"] @ others["top"])
-
-
-def _curved_stage(own: Tensor, others: Vectors, c: Vectors) -> Tensor:
-    return _stage(own, others, c) + torch.cosh(0.5 * own).sum()
-
-
-def _linear(own: Tensor, others: Vectors, c: Vectors) -> Tensor:
-    return 0.5 * own[-1].square() + c["a"] @ others["w"]
-
-
-# --- the laws --------------------------------------------------------------------------------------------------
+from mlo.testing.probe import READ, SIZE, Probe, Vectors, quiet, ready
+from mlo.testing.purity import changed_by_a_hypergradient, changed_by_a_step
+from mlo.testing.watched import damping_of, watched
 
 Law = Callable[[Probe], LawResult]
 
@@ -159,8 +33,18 @@ def same_twice(probe: Probe) -> LawResult:
     eps = 1e3 * torch.finfo(probe.dtype).eps
     if not torch.allclose(first, second, rtol=eps, atol=0, equal_nan=True):
         return _result("same twice", f"two calls differ by {(first - second).abs().max().item():.1e}")
-    same = torch.allclose(first[:_READ].double(), fresh, rtol=eps, atol=0, equal_nan=True)
+    same = torch.allclose(first[:READ].double(), fresh, rtol=eps, atol=0, equal_nan=True)
     return _result("same twice", "" if same else "a new engine at the same point gives another answer")
+
+
+def changes_nothing(probe: Probe) -> LawResult:
+    """A hypergradient changes no parameter, buffer, `.grad`, optimizer, training mode or random state."""
+    return _result("changes nothing", changed_by_a_hypergradient(probe))
+
+
+def leaves_steps_alone(probe: Probe) -> LawResult:
+    """In a step of the engine a method touches neither the stage's parameters nor the random generators."""
+    return _result("leaves steps alone", changed_by_a_step(probe))
 
 
 def homogeneous(probe: Probe) -> LawResult:
@@ -201,7 +85,7 @@ def permutation(probe: Probe) -> LawResult:
 
 def splitting(probe: Probe) -> LawResult:
     """One vector, a mixture of shapes and six 0-dim tensors give the same."""
-    return _same_for_layouts(probe, "splitting", WHOLE, Layout(((), (2, 1), None)), Layout(((),) * _SIZE))
+    return _same_for_layouts(probe, "splitting", WHOLE, Layout(((), (2, 1), None)), Layout(((),) * SIZE))
 
 
 def unused(probe: Probe) -> LawResult:
@@ -242,9 +126,9 @@ def identity(probe: Probe) -> LawResult:
     """For H = c·I the answer does not point away from the exact one, and is exact where 1/c is the method's scale."""
     scale = _scale(probe.method)
     for c in (1e-3, 1.0, 1e3) if scale is None else (1e-3, 1.0, 1e3, 1 / scale):
-        stage = probe.stage(hessian=c * torch.eye(_SIZE, dtype=torch.float64), curved=False)
+        stage = probe.stage(hessian=c * torch.eye(SIZE, dtype=torch.float64), curved=False)
         found, watch = probe.answer(probe.solved(probe.a, stage))
-        exact = probe.coupling[:, :_READ].T @ probe.a / c
+        exact = probe.coupling[:, :READ].T @ probe.a / c
         if watch.broken:
             continue
         if scale is not None and c == 1 / scale and not damping_of(probe.method):
@@ -272,13 +156,13 @@ def parameter_groups(probe: Probe) -> LawResult:
     found, watch = probe.answer(
         probe.solved(probe.a, stage), layouts={"w": layout, "top": WHOLE}, optimizers=optimizers
     )
-    exact = probe.coupling[:, :_READ].T @ (rates * probe.a)
+    exact = probe.coupling[:, :READ].T @ (rates * probe.a)
     return _result("parameter groups", probe.differs(found, exact, [watch]))
 
 
 def weight_decay(probe: Probe) -> LawResult:
     """An L2 decay of the optimizer is the same as the penalty in the loss."""
-    inside = probe.stage(hessian=probe.hessian + 0.5 * torch.eye(_SIZE, dtype=torch.float64))
+    inside = probe.stage(hessian=probe.hessian + 0.5 * torch.eye(SIZE, dtype=torch.float64))
     expected, first = probe.answer(probe.solved(probe.a, inside))
     found, second = probe.answer(probe.solved(probe.a, replace(probe.stage(), decay=0.5)))
     return _result("weight decay", probe.differs(found, expected, [first, second]))
@@ -351,112 +235,6 @@ def warm_start(probe: Probe) -> LawResult:
     return _result("warm start", probe.differs(found, expected, [watch]))
 
 
-# --- leaving everything as it was ------------------------------------------------------------------------------
-
-
-class _Network(Problem):
-    """A stage with dropout and batch norm, whose loss draws random numbers and moves buffers."""
-
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = batch
-        penalty = self.deps.upper.params["log"].exp()
-        return (self(x) - y).square().mean() + penalty * sum(p.square().sum() for p in self.params.values())  # type: ignore[no-any-return]
-
-
-class _Validation(Problem):
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = batch
-        return (self.deps.net(x) - y).square().mean() + 1e-3 * self.params["log"].square()  # type: ignore[no-any-return]
-
-
-def _network(probe: Probe, method: HypergradientMethod, steps: int) -> Engine:
-    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 1)).to(probe.dtype)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(0.5 * probe.normal(*p.shape))
-    upper = nn.ParameterDict({"log": torch.zeros((), dtype=probe.dtype)})
-    data = [(probe.normal(8, 3).to(probe.dtype), probe.normal(8, 1).to(probe.dtype)) for _ in range(2)]
-    stage = _Network(
-        "net",
-        net,
-        optimizer=torch.optim.SGD(net.parameters(), lr=LEARNING_RATE, momentum=0.9),
-        data=data,
-        depends_on=["upper"],
-        hypergradient=method,
-        steps=steps,
-    )
-    top = _Validation(
-        "upper", upper, optimizer=torch.optim.SGD(upper.parameters(), lr=LEARNING_RATE), data=data, depends_on=["net"]
-    )
-    return Engine([stage, top])
-
-
-def leaves_all_as_it_was(probe: Probe) -> LawResult:
-    """A hypergradient changes no parameter, buffer, `.grad`, optimizer, training mode or random state."""
-    law = "changes nothing"
-    method, _ = watched(probe.method)
-    state = torch.get_rng_state()
-    try:
-        engine = _network(probe, method, STEPS)
-        engine.step()
-        for problem in engine.problems.values():
-            for p in problem.module.parameters():
-                p.grad = None
-        before = _everything(engine)
-        with suppress(BreakdownError):
-            engine.hypergradient("upper")
-        changed = [what for what, value in _everything(engine).items() if not _same(value, before[what])]
-    finally:
-        torch.set_rng_state(state)
-    return _result(law, f"changed: {', '.join(changed)}" if changed else "")
-
-
-def steps_alone(probe: Probe) -> LawResult:
-    """In a step of the engine a method touches neither the stage's parameters nor the random generators."""
-    method, _ = watched(probe.method)
-    levels = probe.solved(probe.a)
-    engines = [probe.engine(levels, m, steps=STEPS) for m in (method, StopGradient())]
-    before = _generators()
-    for engine in engines:
-        engine.step()
-        if not _same(_generators(), before):
-            return _result("leaves steps alone", "draws random numbers")
-    one, other = (engine.problems["w"].module.state_dict() for engine in engines)
-    return _result("leaves steps alone", "" if _same(one, other) else "changes the stage's parameters")
-
-
-def _everything(engine: Engine) -> dict[str, Any]:
-    found: dict[str, Any] = {"random state": _generators()}
-    for name, problem in engine.problems.items():
-        module, optimizer = problem.module, problem.optimizer
-        for n, p in module.named_parameters():
-            found[f"parameter {n} of {name}"] = p.detach().clone()
-            found[f".grad of {n} of {name}"] = None if p.grad is None else p.grad.clone()
-        for n, b in module.named_buffers():
-            found[f"buffer {n} of {name}"] = b.clone()
-        found[f"training mode of {name}"] = [part.training for part in module.modules()]
-        found[f"optimizer of {name}"] = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
-    return found
-
-
-def _generators() -> list[Any]:
-    kind, key, *rest = np.random.get_state()
-    return [torch.get_rng_state(), random.getstate(), kind, key, *rest]
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two nested structures of tensors and arrays hold the same bits."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
-
-
 def _scale(method: HypergradientMethod) -> float | None:
     """Return the number that a method takes for the inverse of the curvature, if it has one."""
     if method.needs_learning_rate:
@@ -467,8 +245,8 @@ def _scale(method: HypergradientMethod) -> float | None:
 
 LAWS: Mapping[str, Law] = {
     "same twice": same_twice,
-    "changes nothing": leaves_all_as_it_was,
-    "leaves steps alone": steps_alone,
+    "changes nothing": changes_nothing,
+    "leaves steps alone": leaves_steps_alone,
     "homogeneous": homogeneous,
     "additive": additive,
     "zero": zero,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +13,15 @@ from mlo.errors import BreakdownError, ConfigurationError, LossError
 from mlo.hypergradient import HypergradientMethod
 from mlo.options import is_number
 from mlo.products import CentralDifferences, ForwardOverReverse
+from mlo.random_state import preserved
 from mlo.testing import zoo
 from mlo.testing.errors import CheckError
 from mlo.testing.flat import joined
 from mlo.testing.known_problem import KnownProblem
-from mlo.testing.laws import LAWS, Probe, keeps, quiet, ready, same_answer
+from mlo.testing.laws import LAWS, keeps
 from mlo.testing.level import engine_of
 from mlo.testing.outcomes import LawResult, Outcome, ProblemResult
+from mlo.testing.probe import Probe, quiet, ready, same_answer
 from mlo.testing.reference import Inverse
 from mlo.testing.tables import shown, table
 from mlo.testing.watched import Watch, damping_of, watched
@@ -160,27 +162,41 @@ def check_method(
     (True, ['exact', 'broke down'])
 
     """
-    given = _checked_arguments(method, problems, rtol, dtype, without)
-    results: list[ProblemResult] = []
-    laws: list[LawResult] = []
-    fewest = math.inf
-    for problem in given:
-        if problems is None and "deep" in problem.tags and _TOO_MANY < fewest < math.inf:
-            note = f"three levels took {fewest} products; pass problems=[…] to run it"
-            results.append(ProblemResult(problem.name, "left out", note=note))
-        else:
-            result, products = _on_problem(method, problem, formula, rtol, dtype)
+    left_out = frozenset([without] if isinstance(without, str) else without)
+    given = _checked_arguments(method, problems, rtol, dtype, left_out)
+    results, laws = [], []
+    with preserved():
+        for result in _on_problems(method, given, formula, rtol, dtype, spare=problems is None):
             results.append(result)
-            fewest = min(fewest, products) if products and "nested" in problem.tags else fewest
-        if verbose:
-            r = results[-1]
-            print(f"{r.problem}: {r.outcome}, error {shown(r.error)}. {r.note}".rstrip(), flush=True)
-    probe = Probe(method, dtype)
-    for name in LAWS:
-        laws.append(LawResult(name, "left out", "as asked") if name in without else keeps(name, probe))
-        if verbose:
-            print(f"{name}: {laws[-1].verdict}. {laws[-1].note}".rstrip(), flush=True)
+            if verbose:
+                print(f"{result.problem}: {result.outcome}, error {shown(result.error)}. {result.note}", flush=True)
+        probe = Probe(method, dtype)
+        for name in LAWS:
+            laws.append(LawResult(name, "left out", "as asked") if name in left_out else keeps(name, probe))
+            if verbose:
+                print(f"{name}: {laws[-1].verdict}. {laws[-1].note}".rstrip(), flush=True)
     return MethodCheck(method, dtype, tuple(results), tuple(laws))
+
+
+def _on_problems(
+    method: HypergradientMethod,
+    problems: Iterable[KnownProblem],
+    formula: Inverse | None,
+    rtol: float | None,
+    dtype: torch.dtype,
+    *,
+    spare: bool,
+) -> Iterator[ProblemResult]:
+    """Run the problems one after the other; where time is to be spared, no deep ones that would take minutes."""
+    fewest = math.inf
+    for problem in problems:
+        if spare and "deep" in problem.tags and _TOO_MANY < fewest < math.inf:
+            note = f"three levels took {fewest} products; pass problems=[…] to run it"
+            yield ProblemResult(problem.name, "left out", note=note)
+            continue
+        result, products = _on_problem(method, problem, formula, rtol, dtype)
+        fewest = min(fewest, products) if products and "nested" in problem.tags else fewest
+        yield result
 
 
 def _on_problem(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mlo.testing.level import Level
+from mlo.testing.newton import Newton
 from mlo.testing.resolving import Hierarchy, Resolver, Values
-from mlo.testing.solvers import Newton
 
 #: From a stage's Jacobian to the matrix that stands in the place of its inverse.
 Inverse = Callable[[Tensor], Tensor]
@@ -39,29 +39,54 @@ def solved_in_order(levels: Sequence[Level]) -> list[Level]:
     return [*solved, levels[-1]]
 
 
-def reverse_sweep(levels: Sequence[Level], inverse: Inverse = torch.linalg.inv) -> Tensor:
-    """Return the hypergradient of the last level at the levels' starts, by one sweep over dense Jacobians.
+@dataclass(frozen=True)
+class Linearised:
+    """Levels without nesting, linearised at their starts.
 
-    With J = ∂g/∂θ and G_d = ∂g/∂θ_d of each stage, from the highest to the lowest:
+    Attributes:
+        stages: the stages' names, in solve order.
+        upper: the upper problem's name.
+        slopes: ∂F/∂θ of the upper loss F for everything that it reads, itself included.
+        jacobians: J = ∂g/∂θ of each stage.
+        mixed: G_d = ∂g/∂θ_d of each stage, for each d that it reads.
 
-        λ = J⁻ᵀ c,   c_d ← c_d − G_dᵀ λ        beginning with c_d = ∂F/∂θ_d.
-
-    `inverse` gives what stands in the place of J⁻¹: the exact formula of a truncated method.
     """
+
+    stages: tuple[str, ...]
+    upper: str
+    slopes: Mapping[str, Tensor]
+    jacobians: Mapping[str, Tensor]
+    mixed: Mapping[str, Mapping[str, Tensor]]
+
+    def reverse_sweep(self, inverse: Inverse = torch.linalg.inv) -> Tensor:
+        """Return the upper problem's hypergradient, from the highest stage to the lowest.
+
+            λ = J⁻ᵀ c,   c_d ← c_d − G_dᵀ λ        beginning with c_d = ∂F/∂θ_d
+
+        `inverse` gives what stands in the place of J⁻¹: the exact formula of a truncated method.
+        """
+        cotangents = dict(self.slopes)
+        for stage in reversed(self.stages):
+            adjoint = inverse(self.jacobians[stage]).T @ cotangents[stage]
+            for d, g in self.mixed[stage].items():
+                cotangents[d] = cotangents[d] - g.T @ adjoint
+        return cotangents[self.upper]
+
+
+def linearised(levels: Sequence[Level]) -> Linearised:
+    """Linearise levels without nesting, by `torch.func`."""
     values = {level.name: level.start for level in levels}
-    top = levels[-1]
+    top, jacobians, mixed = levels[-1], {}, {}
 
     def upper(given: Mapping[str, Tensor]) -> Tensor:
         return top.loss(given[top.name], {d: given[d] for d in top.reads}, top.constants)
 
-    cotangents: dict[str, Tensor] = torch.func.grad(upper)(values)
-    for level in reversed(levels[:-1]):
+    for level in levels[:-1]:
         own, others = level.start, {d: values[d] for d in level.reads}
-        adjoint = inverse(_jacobian(level, own, others)).T @ cotangents[level.name]
-        mixed = torch.func.jacrev(lambda given, level=level, own=own: level.gradient(own, given))(others)
-        for d in level.reads:
-            cotangents[d] = cotangents[d] - mixed[d].T @ adjoint
-    return cotangents[top.name]
+        jacobians[level.name] = _jacobian(level, own, others)
+        mixed[level.name] = torch.func.jacrev(lambda given, level=level, own=own: level.gradient(own, given))(others)
+    stages = tuple(level.name for level in levels[:-1])
+    return Linearised(stages, top.name, torch.func.grad(upper)(values), jacobians, mixed)
 
 
 def solved_nested(levels: Sequence[Level]) -> tuple[list[Level], Tensor, float]:
@@ -122,10 +147,9 @@ def eliminated(quadratics: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> Elimin
     return Eliminated(values, s.T @ (q @ values + b), conditions)
 
 
-def condition(levels: Sequence[Level]) -> float:
+def condition(linear: Linearised) -> float:
     """Return the condition numbers of all stages added: how much a relative residual is magnified at most."""
-    values = {level.name: level.start for level in levels}
-    return sum(_condition(_jacobian(level, level.start, {d: values[d] for d in level.reads})) for level in levels[:-1])
+    return sum(_condition(jacobian) for jacobian in linear.jacobians.values())
 
 
 def _jacobian(level: Level, own: Tensor, others: Mapping[str, Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mlo.errors import ConfigurationError
-from mlo.testing.solvers import Equation, Solver
+from mlo.testing.solver import Equation, Solver
 
 #: One vector per problem: all its parameters, joined.
 Values = Mapping[str, Tensor]
