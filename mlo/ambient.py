@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +26,12 @@ class Autocast:
             tuple((t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in dict.fromkeys(device_types))
         )
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Run a block under these settings."""
+    def restored(self) -> AbstractContextManager[object]:
+        """Return a context manager that runs a block under these settings."""
+        wanted = [s for s in self.settings if s[1] or torch.is_autocast_enabled(s[0])]
+        if not wanted:
+            return nullcontext()
         with ExitStack() as stack:
-            for device_type, enabled, dtype in self.settings:
-                if enabled or torch.is_autocast_enabled(device_type):
-                    stack.enter_context(torch.autocast(device_type, enabled=enabled, dtype=dtype))
-            yield
+            for device_type, enabled, dtype in wanted:
+                stack.enter_context(torch.autocast(device_type, enabled=enabled, dtype=dtype))
+            return stack.pop_all()

@@ -23,27 +23,27 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return Σ ∂outputsᵢ/∂inputs · cotangentsᵢ, `None` where there is no dependence at all.
 
-    Unlike `torch.autograd.grad` it accepts outputs that are `None` or constant and inputs that need no
-    gradient: a loss that is linear or constant in an argument leaves such holes.
+    Without cotangents the outputs are scalars, and their cotangents 1. Unlike `torch.autograd.grad` it accepts outputs
+    that are `None` or constant and inputs that need no gradient: a loss that is linear or constant in an argument
+    leaves such holes.
     """
-    if cotangents is None:
-        cotangents = [torch.ones_like(o) if o is not None else torch.empty(0) for o in outputs]
-    live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
+    live = {i: o for i, o in enumerate(outputs) if o is not None and o.requires_grad}
     wanted = [t for t in inputs if t.requires_grad]
     if not live or not wanted:
         return (None,) * len(inputs)
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in live],
-            wanted,
-            [c for _, c in live],
-            create_graph=create_graph,
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+    found = torch.autograd.grad(
+        list(live.values()),
+        wanted,
+        None if cotangents is None else [cotangents[i] for i in live],
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        allow_unused=True,
     )
-    dense = (t.to_dense() if t is not None and t.is_sparse else t for t in found)
-    return tuple(next(dense) if t.requires_grad else None for t in inputs)
+    dense = [t.to_dense() if t is not None and t.is_sparse else t for t in found]
+    if len(dense) == len(inputs):
+        return tuple(dense)
+    given = iter(dense)
+    return tuple([next(given) if t.requires_grad else None for t in inputs])
 
 
 def filled(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlo.errors import BreakdownError, ConfigurationError, GraphError, MloWarning, UnusedDependencyWarning
-from mlo.evaluation import Evaluation, TotalGradient, accumulate_total_gradient, number
+from mlo.evaluation import Evaluation, number
 from mlo.graph import ProblemGraph
 from mlo.member import Member
 from mlo.optimizer_facts import warn_of_unknown_decay
@@ -23,6 +24,7 @@ from mlo.solve_batches import Previews, SolveBatches, with_present_state
 from mlo.solve_start import begin_recording, check_recording, check_start, start_over
 from mlo.stage_function import leaves
 from mlo.status import SolveReport
+from mlo.total_gradient import TotalGradient, accumulate_total_gradient
 from mlo.update import step_scheduler, take_step
 from mlo.vectors import Vector
 
@@ -62,7 +64,7 @@ class Engine:
         self._definitions = {(p.name, option): getattr(p, option) for p in given for option in FIXED_OPTIONS}
         self._members = {p.name: Member(p) for p in given}
         self._warm_starts: dict[str, Vector] = {}
-        self._reports: Reports = {}
+        self._notes: dict[str, dict[str, Any]] = {}
         self._solves: dict[str, list[SolveReport]] = {}
         self._stopping = False
         self._check_parameters()
@@ -90,7 +92,7 @@ class Engine:
         self._refresh_members()
         if self.step_count == 0:
             self._warn_of_no_optimizer()
-        self._reports = {name: ProblemReport(name) for name in self.graph.names}
+        self._notes = {name: {} for name in self.graph.names}
         self._solves = {name: [] for name in self.graph.names}
         for member in self._members.values():
             member.fresh = False
@@ -98,7 +100,7 @@ class Engine:
             for root in self.graph.roots:
                 self._solve(self._members[root])
         self.step_count += 1
-        return {name: replace(report, solves=summarised(self._solves[name])) for name, report in self._reports.items()}
+        return {n: ProblemReport(n, **notes, solves=summarised(self._solves[n])) for n, notes in self._notes.items()}
 
     def _solve(self, root: Member) -> None:
         """Let a root take its steps, and before them whatever must be fresh.
@@ -126,7 +128,7 @@ class Engine:
         else:
             yield from self._stale_responses(member)
             self._draw_batches(member)
-            self._report(member, outcome=outcome)
+            self._notes[member.name]["outcome"] = outcome
         member.fresh = True
 
     def _stale_responses(self, member: Member) -> Iterator[Member]:
@@ -154,22 +156,16 @@ class Engine:
             if not error.skip:
                 raise
             self._note_batches(member, batches)
-            self._report(member, outcome="skipped")
+            self._notes[member.name]["outcome"] = "skipped"
             return
         if member.recording is not None:
             member.recording.close(member.trainable)
         member.micro_batches = total.micro_batches
-        for name in self.graph.names:
-            if member.name in self.graph.upper(name):
-                self._members[name].fresh = False
-        self._report(
-            member,
-            outcome="stepped",
-            steps=self._reports[member.name].steps + 1,
-            loss=total.loss,
-            metrics=total.metrics,
-            gradient_norm=size,
-        )
+        for name in self.graph.lower(member.name):
+            self._members[name].fresh = False
+        notes = self._notes[member.name]
+        notes |= {"outcome": "stepped", "loss": total.loss, "metrics": total.metrics, "gradient_norm": size}
+        notes["steps"] = notes.get("steps", 0) + 1
         first, member.has_stepped = not member.has_stepped, True
         step_scheduler(member)
         if first:
@@ -181,9 +177,6 @@ class Engine:
         recording, optimizer = member.recording, member.problem.optimizer
         if recording is not None and optimizer is not None and len(recording.steps) < recording.length:
             recording.add(optimizer, member.trainable, total.micro_batches, member.problem.grad_clip)
-
-    def _report(self, member: Member, **changes: object) -> None:
-        self._reports[member.name] = replace(self._reports[member.name], **changes)  # type: ignore[arg-type]
 
     def _draw_batches(self, member: Member) -> None:
         """Give a problem that does not step the batches that its response is differentiated on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ from mlo.autograd_graph import reject_first_order_operations, reject_reentrant_c
 from mlo.errors import ConfigurationError, EvaluationError, LossError
 from mlo.frame import Frame
 from mlo.graph import ProblemGraph
-from mlo.losses import checked_loss, unreached, without_graph
+from mlo.losses import checked_loss
 from mlo.member import Member, MicroBatch
 from mlo.optimizer_steps import differentiable_step, optimizer_state, update_derivative
-from mlo.random_state import RandomState, host_state, preserved, same_host_state
+from mlo.random_state import RandomState
 from mlo.recording import RecordedStep, Recording
 from mlo.response import respond
-from mlo.stage_function import StageFunction, leaves
+from mlo.stage_function import StageFunction
 from mlo.status import SolveReport
 from mlo.vectors import Vector
 
@@ -60,34 +60,33 @@ class Binding:
 
     def __enter__(self) -> Frame:
         """Swap the tensors in."""
-        self._versions = self._present_versions()
+        self._watched = [t for m in self._seen for t in self._values[m.name]]
+        self._watched += [t for m in self._seen for t in m.names.constant.values()]
+        self._versions = [t._version for t in self._watched]
         self._before = self._member.problem._frame
         for m in self._swapped:
             self._undo.append((m.slots.restore, m.slots.put(self._values[m.name])))
         for m in self._spared:
             self._undo.append((m.slots.restore_buffers, m.slots.copy_buffers()))
-        self._member.problem._frame = self._frame
+        self._show(self._frame)
         return self._frame
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Swap them out again, whatever has happened."""
-        self._member.problem._frame = self._before
+        self._show(self._before)
         for restore, kept in reversed(self._undo):
             restore(kept)
-        if kind is None and self._versions != self._present_versions():
+        if kind is None and self._versions != [t._version for t in self._watched]:
             self._raise_for_in_place()
 
-    def _present_versions(self) -> list[int]:
-        bound = [t._version for m in self._seen for t in self._values[m.name]]
-        return bound + [t._version for m in self._seen for t in m.names.constant.values()]
+    def _show(self, frame: Frame | None) -> None:
+        self._member.problem.__dict__["_frame"] = frame  # past the checks of options, at every evaluation
 
     def _raise_for_in_place(self) -> None:
         named = [(m.name, n) for m in self._seen for n in m.names.trainable]
         named += [(m.name, n) for m in self._seen for n in m.names.constant]
         changed = [
-            place
-            for place, before, after in zip(named, self._versions, self._present_versions(), strict=True)
-            if before != after
+            place for place, before, t in zip(named, self._versions, self._watched, strict=True) if before != t._version
         ]
         owner, name = changed[0]
         raise EvaluationError(
@@ -118,15 +117,17 @@ class Evaluation:
 
     def constants(self, names: Iterable[str]) -> dict[str, Vector]:
         """Return the present parameters of problems as constants."""
-        return {name: tuple(p.detach() for p in self.members[name].trainable) for name in names}
+        return {name: tuple([p.detach() for p in self.members[name].trainable]) for name in names}
 
     def add_responses(self, values: dict[str, Vector], order: Iterable[str], path: str) -> None:
         """Add one response node for each problem of `order` to the values that a loss at `path` sees."""
         for name in order:
-            member, inputs = self.members[name], self.graph.inputs(name)
-            stage = _ProblemStage(self, member, f"{path}/{name}", [len(values[q]) for q in inputs])
-            x = [t for q in inputs for t in values[q]]
-            values[name] = respond(stage, self.graph.method(name), member.trainable, x)
+            x = [t for q in self.graph.inputs(name) for t in values[q]]
+            values[name] = respond(self.stage(name, path), self.graph.method(name), self.members[name].trainable, x)
+
+    def stage(self, name: str, path: str) -> StageFunction:
+        """Return the loss of a problem as the response node that a loss at `path` sees of it needs it."""
+        return _ProblemStage(self, self.members[name], f"{path}/{name}")
 
     def bound(
         self, member: Member, values: Mapping[str, Vector], *, own_parameters: bool, spare_buffers: bool
@@ -140,10 +141,10 @@ class Evaluation:
 
     def reject_bypasses(self, member: Member, loss: Tensor, own_parameters: bool) -> None:
         """Raise an error if a loss reaches parameters themselves where it should see what is bound for them."""
-        reject_reentrant_checkpoints(loss, title(member))
+        reject_reentrant_checkpoints(loss, member.title)
         method = self.graph.method(member.name)
         if not own_parameters and self.graph.readers(member.name) and method.needs_second_derivatives:
-            reject_first_order_operations(loss, title(member), type(method).__name__)
+            reject_first_order_operations(loss, member.title, type(method).__name__)
         others = [m for m in self.members.values() if not (own_parameters and m is member)]
         at = [p for m in others for p in m.trainable]
         found = iter(gradients([loss], at, retain_graph=True))
@@ -167,31 +168,14 @@ def _bypass(member: Member, owner: Member, parameter: str, direct: Sequence[str]
     )
 
 
-def _reject_hidden_gradients(member: Member, own: Sequence[Tensor], has_responses: bool) -> None:
-    """Raise an error for what would make `.grad` something else than the total gradient."""
-    for name, p in zip(member.names.trainable, own, strict=True):
-        if p.grad is not None:
-            raise EvaluationError(
-                f"the loss of problem {member.name!r} left a gradient in the parameter {name!r}; expected a loss that "
-                "calls no backward(): the engine does, and would count it twice. For a gradient inside the loss use "
-                "torch.autograd.grad(..., create_graph=True)."
-            )
-        if has_responses and (p._backward_hooks or p._post_accumulate_grad_hooks):
-            raise EvaluationError(
-                f"the parameter {name!r} of problem {member.name!r} has a gradient hook, which would see the direct "
-                "gradient and the one through the responses one after the other instead of their sum; expected none. "
-                "Use grad_clip=, or a pre-step hook of the optimizer (register_step_pre_hook)."
-            )
-
-
 class _ProblemStage(StageFunction):
     """A problem of the engine as its response node sees it."""
 
-    def __init__(self, evaluation: Evaluation, member: Member, path: str, input_sizes: Sequence[int]) -> None:
+    def __init__(self, evaluation: Evaluation, member: Member, path: str) -> None:
         self.name = path
-        self.title = title(member)
+        self.title = member.title
         self.warm_starts = evaluation.warm_starts
-        self._evaluation, self._member, self._input_sizes = evaluation, member, input_sizes
+        self._evaluation, self._member = evaluation, member
         self._autocast = Autocast.capture(d.type for d in member.devices)
 
     @property
@@ -214,9 +198,11 @@ class _ProblemStage(StageFunction):
         evaluation, member = self._evaluation, self._member
         batches = self._batches()
         values = {member.name: tuple(solution)}
-        given = iter(inputs)
-        for name, size in zip(evaluation.graph.inputs(member.name), self._input_sizes, strict=True):
-            values[name] = tuple(next(given) for _ in range(size))
+        begin = 0
+        for name in evaluation.graph.inputs(member.name):
+            end = begin + len(evaluation.members[name].trainable)
+            values[name] = tuple(inputs[begin:end])
+            begin = end
 
         def evaluate() -> Tensor:
             losses = []
@@ -228,10 +214,14 @@ class _ProblemStage(StageFunction):
                 evaluation.reject_bypasses(member, loss, own_parameters=False)
             return loss
 
-        with preserved(member.devices, host=any(s.host is not None for _, s in batches)), self._autocast.restored():
-            evaluation.add_responses(values, evaluation.graph.internal_order(member.name), self.name)
-            with evaluation.bound(member, values, own_parameters=False, spare_buffers=True):
-                yield evaluate
+        before = RandomState.capture(member.devices, host=any(s.host is not None for _, s in batches))
+        try:
+            with self._autocast.restored():
+                evaluation.add_responses(values, evaluation.graph.internal_order(member.name), self.name)
+                with evaluation.bound(member, values, own_parameters=False, spare_buffers=True):
+                    yield evaluate
+        finally:
+            before.restore()
 
     def recording(self) -> Recording[list[MicroBatch]]:
         member = self._member
@@ -285,33 +275,30 @@ class _StageAtStep(_ProblemStage):
         return self._recorded
 
 
-def title(member: Member) -> str:
-    """Return how errors name the loss of a problem."""
-    return f"problem {member.name!r}: training_step"
-
-
 def loss_and_metrics(member: Member, batch: Any) -> tuple[Tensor, dict[str, float]]:
     """Evaluate a problem's loss on one batch, and take what it logs beside it."""
     versions = _versions(batch)
     result = member.problem.training_step(batch)
     if versions != _versions(batch):
         raise EvaluationError(
-            f"{title(member)} changed its batch in place; expected a loss that only reads it, since a batch is used "
+            f"{member.title} changed its batch in place; expected a loss that only reads it, since a batch is used "
             "again when the stage's response is differentiated. Use an out-of-place operation, or clone() first."
         )
     if not isinstance(result, Mapping):
-        return checked_loss(result, title(member)), {}
+        return checked_loss(result, member.title), {}
     if "loss" not in result:
         raise LossError(
-            f"{title(member)} returned a dict with {', '.join(map(repr, result)) or 'nothing'}; "
-            "expected the key 'loss'."
+            f"{member.title} returned a dict with {', '.join(map(repr, result)) or 'nothing'}; expected the key 'loss'."
         )
-    metrics = {key: number(value, f"{title(member)}, {key!r}") for key, value in result.items() if key != "loss"}
-    return checked_loss(result["loss"], title(member)), metrics
+    metrics = {key: number(value, f"{member.title}, {key!r}") for key, value in result.items() if key != "loss"}
+    return checked_loss(result["loss"], member.title), metrics
 
 
 def _versions(batch: Any) -> list[int]:
-    return [t._version for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+    # Most batches are a tuple or a list of tensors, for which going through a tree takes longest.
+    parts = batch if isinstance(batch, tuple | list) else (batch,)
+    leaves_of = ((part,) if isinstance(part, Tensor) else pytree.tree_leaves(part) for part in parts)
+    return [t._version for found in leaves_of for t in found if isinstance(t, Tensor)]
 
 
 def number(value: object, what: str) -> float:
@@ -322,117 +309,3 @@ def number(value: object, what: str) -> float:
         raise LossError(
             f"{what} returned {type(value).__name__}; expected a number or a tensor with one element to log."
         ) from None
-
-
-@dataclass(frozen=True)
-class TotalGradient:
-    """A problem's loss and what its evaluation left in `.grad` of the leaves.
-
-    Attributes:
-        loss: mean over the batches.
-        metrics: what the loss logs, likewise.
-        micro_batches: the batches with the random states that the loss saw.
-        used: the dependencies that the loss read.
-        cut: those among them whose response carries a gradient, but not from this loss.
-
-    """
-
-    loss: float
-    metrics: dict[str, float]
-    micro_batches: list[MicroBatch]
-    used: set[str]
-    cut: set[str]
-
-
-def accumulate_total_gradient(
-    evaluation: Evaluation,
-    member: Member,
-    own: Sequence[Tensor],
-    batches: Sequence[Any],
-    states: Sequence[RandomState] | None,
-) -> TotalGradient:
-    """Put the total gradient of a problem's loss into `.grad` of `own`, which must be `None` before.
-
-    `own` are the problem's parameters themselves (a training step, `states` is `None`: random draws go on,
-    buffers change as in any forward pass) or fresh leaves in their place (`states` are replayed, buffers are
-    spared).
-
-    The direct gradient and the cotangents of all responses come from one backward pass per batch; the
-    cotangents of all batches together then go through the response nodes, so that each stage is solved once.
-    """
-    graph, training = evaluation.graph, states is None
-    shadow = leaves(own)
-    # Only responses that depend on the problem itself can carry its gradient; all others are constants here.
-    nodes = graph.internal_order(member.name)
-    inner = evaluation.constants(set(graph.direct(member.name)).union(*map(graph.inputs, nodes)).difference(nodes))
-    inner[member.name] = shadow
-    evaluation.add_responses(inner, nodes, member.name)
-    outputs = {d: inner[d] for d in graph.direct(member.name) if any(t.requires_grad for t in inner[d])}
-    proxies = {d: leaves(tensors) for d, tensors in outputs.items()}
-    values = {**inner, **proxies, member.name: tuple(own)}
-
-    losses: list[float] = []
-    logged: list[dict[str, float]] = []
-    seen: list[MicroBatch] = []
-    inputs = [*own, *(t for tensors in proxies.values() for t in tensors)]
-    schedule = member.in_training if training else member.in_methods
-    with evaluation.bound(member, values, own_parameters=training, spare_buffers=not training) as frame:
-        for i, batch in enumerate(batches):
-            if states is None:
-                state, loss, metrics = _training_evaluation(member, batch)
-            else:
-                state = states[i]
-                state.restore()
-                loss, metrics = loss_and_metrics(member, batch)
-            if not loss.requires_grad:
-                raise without_graph(title(member), graph.why_no_gradient(member.name))
-            if schedule.due():
-                evaluation.reject_bypasses(member, loss, own_parameters=training)
-                if i == 0:
-                    _reject_hidden_gradients(member, own, bool(outputs))
-            mean = loss if len(batches) == 1 else loss / len(batches)
-            torch.autograd.backward([mean], inputs=inputs)
-            seen.append((batch, state))
-            losses.append(loss.item())
-            logged.append(metrics)
-    _propagate(outputs, proxies, shadow, own)
-    reached = {d for d, tensors in proxies.items() if any(t.grad is not None for t in tensors)}
-    if all(t.grad is None for t in own):
-        raise unreached(title(member), graph.why_no_gradient(member.name))
-    return TotalGradient(
-        loss=sum(losses) / len(losses),
-        metrics={
-            key: sum(m[key] for m in logged if key in m) / sum(key in m for m in logged) for m in logged for key in m
-        },
-        micro_batches=seen,
-        # A dependency may also be read through its module itself, which the frame does not see.
-        used=frame.used | reached,
-        cut=(frame.used & set(proxies)) - reached,
-    )
-
-
-def _training_evaluation(member: Member, batch: Any) -> tuple[RandomState, Tensor, dict[str, float]]:
-    """Evaluate the loss of a training step, and find out whether it draws from Python's or NumPy's generator."""
-    state = RandomState.capture(member.devices)
-    loss, metrics = loss_and_metrics(member, batch)
-    if not member.draws_from_host and state.host is not None:
-        member.draws_from_host = not same_host_state(state.host, host_state())
-    return state if member.draws_from_host else replace(state, host=None), loss, metrics
-
-
-def _propagate(
-    outputs: Mapping[str, Vector], proxies: Mapping[str, Vector], shadow: Vector, own: Sequence[Tensor]
-) -> None:
-    """Send the cotangents of the responses through their nodes and add the result to `.grad` of `own`."""
-    pairs = [
-        (output, proxy.grad)
-        for d, tensors in outputs.items()
-        for output, proxy in zip(tensors, proxies[d], strict=True)
-        if output.requires_grad and proxy.grad is not None
-    ]
-    if not pairs:
-        return
-    torch.autograd.backward([o for o, _ in pairs], [c for _, c in pairs], inputs=list(shadow))
-    for leaf, t in zip(own, shadow, strict=True):
-        if t.grad is not None:
-            leaf.grad = t.grad if leaf.grad is None else leaf.grad.add_(t.grad)

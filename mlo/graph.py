@@ -38,6 +38,8 @@ class ProblemGraph:
         self.names: tuple[str, ...] = tuple(p.name for p in problems)
         self._position = {name: i for i, name in enumerate(self.names)}
         self._check_names(problems)
+        self._direct = {p.name: self._sorted(set(p.depends_on.values())) for p in problems}
+        self._methods = {p.name: p.hypergradient or ConjugateGradient() for p in problems}
         self._responses: dict[str, tuple[str, ...]] = {}
         self._internal: dict[str, tuple[str, ...]] = {}
         self._inputs: dict[str, tuple[str, ...]] = {}
@@ -47,8 +49,12 @@ class ProblemGraph:
             self._internal[name] = self._find_internal(name)
             self._inputs[name] = self._find_inputs(name)
         self._upper = {name: self._find_upper(name) for name in self.names}
+        self._lower = {name: tuple(n for n in self.names if name in self._upper[n]) for name in self.names}
+        self._readers = {name: tuple(p for p in self.names if name in self._internal[p]) for name in self.names}
         self._orders = {name: self._find_order(name, self._responses[name]) for name in self.names}
         self._internal_orders = {name: self._find_order(name, self._internal[name]) for name in self.names}
+        self._carrying = {name: self._find_carrying(name) for name in self.names}
+        self._seen = {name: self._find_seen(name) for name in self.names}
         read = {d for name in self.names for d in self.direct(name) if self.kind(name, d) == "response"}
         #: Problems that no other reads as a response, in solve order.
         self.roots: tuple[str, ...] = tuple(name for name in self.names if name not in read)
@@ -60,7 +66,7 @@ class ProblemGraph:
 
     def direct(self, name: str) -> tuple[str, ...]:
         """Return the problems that `name` declares to depend on, each once, in solve order."""
-        return self._sorted(set(self._problems[name].depends_on.values()))
+        return self._direct[name]
 
     def kind(self, name: str, dependency: str) -> EdgeKind:
         """Return the kind of the edge from `name` to one of its dependencies."""
@@ -87,6 +93,10 @@ class ProblemGraph:
         """Return U(name): the later problems that the solution of `name` depends on, directly or through others."""
         return self._upper[name]
 
+    def lower(self, name: str) -> tuple[str, ...]:
+        """Return the problems whose solution depends on `name`: those with `name` in U."""
+        return self._lower[name]
+
     def order(self, name: str) -> tuple[str, ...]:
         """Return R(name) in an order in which every response node finds its inputs."""
         return self._orders[name]
@@ -95,13 +105,21 @@ class ProblemGraph:
         """Return `internal(name)` in an order in which every response node finds its inputs."""
         return self._internal_orders[name]
 
+    def carrying(self, name: str) -> tuple[str, ...]:
+        """Return those of `internal_order(name)` through which a gradient of `name` flows with their methods."""
+        return self._carrying[name]
+
+    def seen(self, name: str) -> tuple[str, ...]:
+        """Return the other problems whose values the loss of `name`, or a response that carries its gradient, takes."""
+        return self._seen[name]
+
     def readers(self, name: str) -> tuple[str, ...]:
         """Return the problems whose gradient flows through the response of `name`."""
-        return tuple(p for p in self.names if name in self._internal[p])
+        return self._readers[name]
 
     def method(self, name: str) -> HypergradientMethod:
         """Return the hypergradient method of a problem (by default conjugate gradients, right in every graph)."""
-        return self._problems[name].hypergradient or ConjugateGradient()
+        return self._methods[name]
 
     # --- deriving it -------------------------------------------------------------------------------------------
 
@@ -120,6 +138,18 @@ class ProblemGraph:
                     found.add(d)
                     pending.append(d)
         return self._sorted(found)
+
+    def _find_carrying(self, name: str) -> tuple[str, ...]:
+        found = [name]
+        for d in self._internal_orders[name]:
+            if self._methods[d].carries_gradient and not set(found).isdisjoint(self._inputs[d]):
+                found.append(d)
+        return tuple(found[1:])
+
+    def _find_seen(self, name: str) -> tuple[str, ...]:
+        carrying = self._carrying[name]
+        found = {*self._direct[name], *carrying, *(q for d in carrying for q in self._inputs[d])}
+        return self._sorted(found - {name})
 
     def _find_internal(self, name: str) -> tuple[str, ...]:
         """Find the members d of R(name) from which `name` can be reached over inputs of response nodes."""

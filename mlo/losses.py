@@ -26,7 +26,7 @@ def checked_loss(loss: object, title: str) -> Tensor:
             f"{title} returned {value}; expected a finite number. Look at the data and the parameters of this step "
             "(which are unchanged); lower the learning rate or clip gradients (grad_clip=)."
         )
-    return loss.reshape(())
+    return loss if loss.dim() == 0 else loss.reshape(())
 
 
 def without_graph(title: str, hint: str = "") -> LossError:

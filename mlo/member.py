@@ -11,7 +11,7 @@ from mlo.data_feed import DataFeed
 from mlo.frame import ModuleSlots, ParameterNames
 from mlo.optimizer_facts import OptimizerFacts
 from mlo.problem import Problem
-from mlo.random_state import RandomState
+from mlo.random_state import HostDraws, RandomState
 from mlo.recording import Recording
 
 #: A batch and the random state in which the loss was evaluated on it.
@@ -53,7 +53,8 @@ class Member:
         in_training: when its loss is checked for what users must not do in it, in training steps.
         in_methods: likewise, inside hypergradient methods.
         directional_solves: how often mixed products of its loss were taken as directional derivatives.
-        draws_from_host: whether its loss has been seen to draw from Python's or NumPy's generator.
+        host_draws: whether its loss draws from Python's or NumPy's generator.
+        title: how errors name its loss.
 
     """
 
@@ -68,7 +69,8 @@ class Member:
         self.fresh = False
         self.has_stepped = False
         self.directional_solves = 0
-        self.draws_from_host = False
+        self.host_draws = HostDraws()
+        self.title = f"problem {problem.name!r}: training_step"
         self._find_parameters()
 
     @property

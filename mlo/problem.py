@@ -369,11 +369,9 @@ class Dependencies:
                 f"problem {problem.name!r} reaches for its dependency {role!r} before it is part of an engine; build "
                 "mlo.Engine with all problems first."
             )
-        if problem._frame is None:
-            current = {n: p.detach() for n, p in other.module.named_parameters()}
-            return DependencyView(name, other.module, Parameters(name, current))
-        problem._frame.note_use(name)
-        return DependencyView(name, other.module, problem._frame.parameters(name))
+        if problem._frame is not None:
+            problem._frame.note_use(name)
+        return DependencyView(name, other.module, problem._frame)
 
     def __contains__(self, role: object) -> bool:
         """Whether a role is declared."""
@@ -402,16 +400,23 @@ class DependencyView:
 
     """
 
-    __slots__ = ("module", "name", "params")
+    __slots__ = ("_frame", "module", "name")
 
-    def __init__(self, name: str, module: nn.Module, params: Parameters) -> None:
+    def __init__(self, name: str, module: nn.Module, frame: Frame | None) -> None:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "module", module)
-        object.__setattr__(self, "params", params)
+        object.__setattr__(self, "_frame", frame)
 
     name: str
     module: nn.Module
-    params: Parameters
+    _frame: Frame | None
+
+    @property
+    def params(self) -> Parameters:
+        """The parameters of the evaluation at hand by name; outside of one, the present values as constants."""
+        if self._frame is not None:
+            return self._frame.parameters(self.name)
+        return Parameters(self.name, {n: p.detach() for n, p in self.module.named_parameters()})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the problem's module with the parameters of the evaluation at hand."""

@@ -67,18 +67,48 @@ class _BestResponse(torch.autograd.Function):
         saved: Vector = ctx.saved_tensors
         solution, inputs = saved[: node.size], saved[node.size :]
         needed = ctx.needs_input_grad[1 + node.size :]
-        given = tuple(
+        result = pulled_back(node.stage, node.method, cotangents, solution, inputs, needed)
+        return None, *(None,) * node.size, *result
+
+
+def pulled_back(
+    stage: StageFunction,
+    method: HypergradientMethod,
+    cotangents: Sequence[Tensor | None],
+    solution: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Return the cotangents of `inputs` for those of `solution`, where they are `needed`, else `None`.
+
+    Raises:
+        ConfigurationError: the method returns anything else than a tensor of an input's shape, or `None`, for each.
+        EvaluationError: the loss has no second derivative, and the method needs it.
+
+    """
+    given = tuple(
+        [
             torch.zeros_like(t) if c is None else c.to_dense() if c.is_sparse else c
             for c, t in zip(cotangents, solution, strict=True)
+        ]
+    )
+    try:
+        result = method.pullback(stage, given, solution, inputs, needed)
+    except RuntimeError as error:
+        if not isinstance(error, MloError) and any(text in str(error) for text in _MISSING_DERIVATIVE):
+            kind = type(method).__name__
+            raise no_second_derivative(stage.title, kind, str(error).partition("\n")[0]) from error
+        raise
+    fits = len(result) == len(inputs) and all(
+        r is None or r.shape == x.shape for r, x, n in zip(result, inputs, needed, strict=True) if n
+    )
+    if not fits:
+        raise ConfigurationError(
+            f"{type(method).__name__}.pullback at stage {stage.name!r}: expected for each input a tensor of its shape, "
+            f"or None, that is {[tuple(x.shape) for x in inputs]}; got "
+            f"{[None if r is None else tuple(r.shape) for r in result]}."
         )
-        try:
-            result = node.method.pullback(node.stage, given, solution, inputs, needed)
-        except RuntimeError as error:
-            if not isinstance(error, MloError) and any(text in str(error) for text in _MISSING_DERIVATIVE):
-                kind = type(node.method).__name__
-                raise no_second_derivative(node.stage.title, kind, str(error).partition("\n")[0]) from error
-            raise
-        return None, *(None,) * node.size, *(r if n else None for r, n in zip(result, needed, strict=True))
+    return tuple([r if n else None for r, n in zip(result, needed, strict=True)])
 
 
 class _FunctionalStage(StageFunction):

@@ -10,7 +10,7 @@ from mlo.random_state import RandomState
 
 def with_present_state(member: Member, batches: Sequence[object]) -> list[MicroBatch]:
     """Return batches with the present random state for each."""
-    state = RandomState.capture(member.devices, host=member.draws_from_host)
+    state = RandomState.capture(member.devices, host=member.host_draws.found)
     return [(batch, state) for batch in batches]
 
 

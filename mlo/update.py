@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mlo.errors import LossError
-from mlo.evaluation import TotalGradient
 from mlo.member import Member
+from mlo.total_gradient import TotalGradient
 from mlo.vectors import norm
 
 
@@ -36,11 +35,16 @@ def take_step(
         total = gradient()
         return total, _clipped_norm(member)
 
-    with _gradients_restored_on_error(held):
+    before = [p.grad for p in held]
+    try:
         if isinstance(problem.optimizer, torch.optim.LBFGS):
             return _step_with_closure(member, evaluate)
         result = evaluate()
         before_step(member, result[0])
+    except BaseException:
+        for p, grad in zip(held, before, strict=True):
+            p.grad = grad
+        raise
     problem.optimizer.step()
     return result
 
@@ -97,14 +101,3 @@ def _clipped_norm(member: Member) -> float:
     if limit is not None:
         nn.utils.clip_grad_norm_(parameters, limit)
     return size
-
-
-@contextmanager
-def _gradients_restored_on_error(parameters: Sequence[Tensor]) -> Iterator[None]:
-    before = [p.grad for p in parameters]
-    try:
-        yield
-    except BaseException:
-        for p, kept in zip(parameters, before, strict=True):
-            p.grad = kept
-        raise

@@ -216,11 +216,11 @@ def test_host_generators_are_noticed_when_their_use_begins_late():
     stage = engine.problems["stage"]
     for _ in range(3):
         engine.step()
-    assert not engine._members["stage"].draws_from_host
+    assert not engine._members["stage"].host_draws.found
     stage.host_noise = True
     for _ in range(16):
         engine.step()
-    assert engine._members["stage"].draws_from_host
+    assert engine._members["stage"].host_draws.found
 
 
 def test_a_step_updates_buffers_as_a_hand_written_loop_and_methods_update_none():

@@ -1,0 +1,167 @@
+"""The total gradient of one problem's loss: the direct part, and the reverse sweep over the responses that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlo.errors import EvaluationError
+from mlo.evaluation import Evaluation, loss_and_metrics
+from mlo.losses import unreached, without_graph
+from mlo.member import Member, MicroBatch
+from mlo.random_state import RandomState
+from mlo.response import pulled_back
+from mlo.stage_function import leaves
+from mlo.vectors import Vector
+
+
+@dataclass(frozen=True)
+class TotalGradient:
+    """A problem's loss and what its evaluation left in `.grad` of the leaves.
+
+    Attributes:
+        loss: mean over the batches.
+        metrics: what the loss logs, likewise.
+        micro_batches: the batches with the random states that the loss saw.
+        used: the dependencies that the loss read.
+        cut: those among them whose response carries a gradient, but not from this loss.
+
+    """
+
+    loss: float
+    metrics: dict[str, float]
+    micro_batches: list[MicroBatch]
+    used: set[str]
+    cut: set[str]
+
+
+def accumulate_total_gradient(
+    evaluation: Evaluation,
+    member: Member,
+    own: Sequence[Tensor],
+    batches: Sequence[Any],
+    states: Sequence[RandomState] | None,
+) -> TotalGradient:
+    """Put the total gradient of a problem's loss into `.grad` of `own`, which must be `None` before.
+
+    `own` are the problem's parameters themselves (a training step, `states` is `None`: random draws go on,
+    buffers change as in any forward pass) or fresh leaves in their place (`states` are replayed, buffers are
+    spared).
+
+    The direct gradient and the cotangents of all responses come from one backward pass per batch; the
+    cotangents of all batches together then go back through the responses, so that each stage is solved once.
+    """
+    graph, training = evaluation.graph, states is None
+    carrying = graph.carrying(member.name)
+    constants = evaluation.constants(graph.seen(member.name))
+    constants[member.name] = tuple([t.detach() for t in own])
+    proxies = {d: leaves(constants[d]) for d in graph.direct(member.name) if d in carrying}
+    values = {**constants, **proxies, member.name: tuple(own)}
+
+    losses: list[float] = []
+    logged: list[dict[str, float]] = []
+    seen: list[MicroBatch] = []
+    inputs = [*own, *(t for tensors in proxies.values() for t in tensors)]
+    schedule = member.in_training if training else member.in_methods
+    with evaluation.bound(member, values, own_parameters=training, spare_buffers=not training) as frame:
+        for i, batch in enumerate(batches):
+            if states is None:
+                state, loss, metrics = _training_evaluation(member, batch)
+            else:
+                state = states[i]
+                state.restore()
+                loss, metrics = loss_and_metrics(member, batch)
+            if not loss.requires_grad:
+                raise without_graph(member.title, graph.why_no_gradient(member.name))
+            if schedule.due():
+                evaluation.reject_bypasses(member, loss, own_parameters=training)
+                if i == 0:
+                    _reject_hidden_gradients(member, own, bool(proxies))
+            mean = loss if len(batches) == 1 else loss / len(batches)
+            torch.autograd.backward(mean, inputs=inputs)
+            seen.append((batch, state))
+            losses.append(loss.item())
+            logged.append(metrics)
+    cotangents = {d: [t.grad for t in tensors] for d, tensors in proxies.items()}
+    reached = {d for d, found in cotangents.items() if any(c is not None for c in found)}
+    if reached:
+        _sweep(evaluation, member, constants, cotangents, own)
+    if all(t.grad is None for t in own):
+        raise unreached(member.title, graph.why_no_gradient(member.name))
+    return TotalGradient(
+        loss=sum(losses) / len(losses),
+        metrics={
+            key: sum(m[key] for m in logged if key in m) / sum(key in m for m in logged) for m in logged for key in m
+        },
+        micro_batches=seen,
+        # A dependency may also be read through its module itself, which the frame does not see.
+        used=frame.used | reached,
+        cut=(frame.used & set(proxies)) - reached,
+    )
+
+
+def _training_evaluation(member: Member, batch: Any) -> tuple[RandomState, Tensor, dict[str, float]]:
+    """Evaluate the loss of a training step, and find out whether it draws from Python's or NumPy's generator."""
+    state = RandomState.capture(member.devices, host=False)
+    before = member.host_draws.before()
+    loss, metrics = loss_and_metrics(member, batch)
+    host = member.host_draws.after(before)
+    return state if host is None else replace(state, host=host), loss, metrics
+
+
+def _sweep(
+    evaluation: Evaluation,
+    member: Member,
+    constants: Mapping[str, Vector],
+    cotangents: dict[str, list[Tensor | None]],
+    own: Sequence[Tensor],
+) -> None:
+    """Send cotangents back through the responses, each once all of its own are there, and add the result to `.grad`.
+
+    It is the reverse sweep of autograd over the graph of stages, written out: no result is to be differentiated again,
+    so that no node need be made.
+    """
+    graph = evaluation.graph
+    carrying = graph.carrying(member.name)
+    with torch.no_grad():
+        for name in reversed(carrying):
+            given = cotangents.pop(name, None)
+            if given is None or all(c is None for c in given):
+                continue
+            names = graph.inputs(name)
+            inputs = [t for q in names for t in constants[q]]
+            needed = [q == member.name or q in carrying for q in names for _ in constants[q]]
+            stage = evaluation.stage(name, member.name)
+            found = iter(pulled_back(stage, graph.method(name), given, constants[name], inputs, needed))
+            for q in names:
+                arrived = [next(found) for _ in constants[q]]
+                before = cotangents.get(q)
+                cotangents[q] = arrived if before is None else list(map(_sum, before, arrived))
+        for leaf, c in zip(own, cotangents.get(member.name) or [None] * len(own), strict=True):
+            if c is not None:
+                leaf.grad = c if leaf.grad is None else leaf.grad.add_(c)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _reject_hidden_gradients(member: Member, own: Sequence[Tensor], has_responses: bool) -> None:
+    """Raise an error for what would make `.grad` something else than the total gradient."""
+    for name, p in zip(member.names.trainable, own, strict=True):
+        if p.grad is not None:
+            raise EvaluationError(
+                f"the loss of problem {member.name!r} left a gradient in the parameter {name!r}; expected a loss that "
+                "calls no backward(): the engine does, and would count it twice. For a gradient inside the loss use "
+                "torch.autograd.grad(..., create_graph=True)."
+            )
+        if has_responses and (p._backward_hooks or p._post_accumulate_grad_hooks):
+            raise EvaluationError(
+                f"the parameter {name!r} of problem {member.name!r} has a gradient hook, which would see the direct "
+                "gradient and the one through the responses one after the other instead of their sum; expected none. "
+                "Use grad_clip=, or a pre-step hook of the optimizer (register_step_pre_hook)."
+            )
