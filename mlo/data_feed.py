@@ -48,6 +48,8 @@ class DataFeed:
 
     def preview(self, count: int, devices: Iterable[torch.device]) -> list[Any]:
         """Return the first `count` batches of a fresh run, and leave all generators and the position as they were."""
+        if self._data is None or type(self._data) in (list, tuple):  # which draw from no generator
+            return DataFeed(self._problem, self._data).next_batches(count)
         with preserved(devices), _own_generators_preserved(self._data):
             return DataFeed(self._problem, self._data).next_batches(count)
 

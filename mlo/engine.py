@@ -63,6 +63,8 @@ class Engine:
         self.step_count = 0
         self._definitions = {(p.name, option): getattr(p, option) for p in given for option in FIXED_OPTIONS}
         self._members = {p.name: Member(p) for p in given}
+        for name, member in self._members.items():
+            member.seen = {q: self._members[q] for q in (name, *self.graph.direct(name))}
         self._warm_starts: dict[str, Vector] = {}
         self._notes: dict[str, dict[str, Any]] = {}
         self._solves: dict[str, list[SolveReport]] = {}
@@ -124,7 +126,7 @@ class Engine:
             for step in range(steps):
                 yield from self._stale_responses(member)
                 begin_recording(self.graph, self._members, member, steps - step)
-                self._update(member)
+                self._update(member, last=step == steps - 1)
         else:
             yield from self._stale_responses(member)
             self._draw_batches(member)
@@ -142,14 +144,22 @@ class Engine:
             return "no optimizer"
         return "warm-up" if self.step_count < member.problem.warmup else None
 
-    def _update(self, member: Member) -> None:
-        """Take one optimizer step."""
+    def _update(self, member: Member, *, last: bool) -> None:
+        """Take one optimizer step, the last one of a solve or another."""
         batches = member.feed.next_batches(member.problem.accumulate)
+        repeatable = last or member.recording is not None
         evaluation = Evaluation(self.graph, self._members, SolveBatches(), self._warm_starts, self._solves[member.name])
         try:
             total, size = take_step(
                 member,
-                lambda: accumulate_total_gradient(evaluation, member, member.trainable, batches, None),
+                lambda: accumulate_total_gradient(
+                    evaluation,
+                    member,
+                    member.trainable,
+                    batches,
+                    None,
+                    repeatable=repeatable,
+                ),
                 self._record,
             )
         except BreakdownError as error:
@@ -160,7 +170,8 @@ class Engine:
             return
         if member.recording is not None:
             member.recording.close(member.trainable)
-        member.micro_batches = total.micro_batches
+        if repeatable:
+            member.micro_batches = total.micro_batches
         for name in self.graph.lower(member.name):
             self._members[name].fresh = False
         notes = self._notes[member.name]
@@ -297,9 +308,9 @@ class Engine:
             )
         self._refresh_members()
         member = self._members[name]
-        previews = Previews(member)
         involved = [self._members[d] for d in (*self.graph.responses(name), *self.graph.direct(name), name)]
         devices = dict.fromkeys(d for m in involved for d in m.devices)
+        previews = Previews(member, devices)
         own = leaves(member.trainable)
         evaluation = Evaluation(self.graph, self._members, previews, dict(self._warm_starts), [])
         with preserved(devices), self._training_modes_kept(), _differentiating():

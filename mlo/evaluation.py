@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -33,60 +33,68 @@ _CHECKED_SOLVE = 2
 class Binding:
     """The span of one evaluation: the loss of `member` sees `values` for itself and for what it depends on.
 
-    A context manager whose value is the `Frame`.
+    A context manager whose value is the `Frame`. With `own_parameters` the problem sees its parameters themselves, with
+    `spare_buffers` it writes to copies of its buffers.
 
     Raises:
-        EvaluationError: (at the end) the block wrote to one of the tensors in place. Autograd refuses such writes to
-            what needs a gradient; this finds those to constants and those under `torch.no_grad()`.
+        EvaluationError: (at the end, with `checked`) the block wrote to one of the tensors in place. Autograd refuses
+            such writes to what needs a gradient; this finds those to constants and those under `torch.no_grad()`.
 
     """
+
+    __slots__ = ("_before", "_buffers", "_checked", "_frame", "_kept", "_member", "_swapped", "_values", "_versions")
 
     def __init__(
         self,
         member: Member,
-        direct: Sequence[Member],
         values: Mapping[str, Vector],
+        *,
         own_parameters: bool,
         spare_buffers: bool,
+        checked: bool = True,
     ) -> None:
         """Take note of what to swap; nothing is touched yet."""
-        self._member = member
-        self._seen = (member, *direct)
-        self._swapped = direct if own_parameters else self._seen
-        self._spared = self._seen if spare_buffers else ()
-        self._values = values
-        self._frame = Frame(values, {m.name: m.names for m in self._seen})
-        self._undo: list[tuple[Callable[[list[Any]], None], list[Any]]] = []
+        self._member, self._values, self._checked = member, values, checked
+        self._swapped = [m for m in member.seen.values() if not (own_parameters and m is member)]
+        self._buffers = [m.slots for m in member.seen.values() if spare_buffers and m.slots.has_buffers]
+        self._frame = Frame(values, member.seen)
+        self._kept: list[list[Any]] = []
 
     def __enter__(self) -> Frame:
         """Swap the tensors in."""
-        self._watched = [t for m in self._seen for t in self._values[m.name]]
-        self._watched += [t for m in self._seen for t in m.names.constant.values()]
-        self._versions = [t._version for t in self._watched]
-        self._before = self._member.problem._frame
+        if self._checked:
+            self._versions = [t._version for t in self._watched()]
+        problem = self._member.problem
+        self._before = problem._frame
         for m in self._swapped:
-            self._undo.append((m.slots.restore, m.slots.put(self._values[m.name])))
-        for m in self._spared:
-            self._undo.append((m.slots.restore_buffers, m.slots.copy_buffers()))
-        self._show(self._frame)
+            self._kept.append(m.slots.put(self._values[m.name]))
+        for slots in self._buffers:
+            self._kept.append(slots.copy_buffers())
+        problem.__dict__["_frame"] = self._frame  # past the checks of options, at every evaluation
         return self._frame
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Swap them out again, whatever has happened."""
-        self._show(self._before)
-        for restore, kept in reversed(self._undo):
-            restore(kept)
-        if kind is None and self._versions != [t._version for t in self._watched]:
+        self._member.problem.__dict__["_frame"] = self._before
+        for slots in reversed(self._buffers):
+            slots.restore_buffers(self._kept.pop())
+        for m in reversed(self._swapped):
+            m.slots.restore(self._kept.pop())
+        if kind is None and self._checked and self._versions != [t._version for t in self._watched()]:
             self._raise_for_in_place()
 
-    def _show(self, frame: Frame | None) -> None:
-        self._member.problem.__dict__["_frame"] = frame  # past the checks of options, at every evaluation
+    def _watched(self) -> list[Tensor]:
+        bound = [t for name in self._member.seen for t in self._values[name]]
+        return bound + [t for m in self._member.seen.values() for t in m.names.constant.values()]
 
     def _raise_for_in_place(self) -> None:
-        named = [(m.name, n) for m in self._seen for n in m.names.trainable]
-        named += [(m.name, n) for m in self._seen for n in m.names.constant]
+        seen = self._member.seen.values()
+        named = [(m.name, n) for m in seen for n in m.names.trainable]
+        named += [(m.name, n) for m in seen for n in m.names.constant]
         changed = [
-            place for place, before, t in zip(named, self._versions, self._watched, strict=True) if before != t._version
+            place
+            for place, before, t in zip(named, self._versions, self._watched(), strict=True)
+            if before != t._version
         ]
         owner, name = changed[0]
         raise EvaluationError(
@@ -128,16 +136,6 @@ class Evaluation:
     def stage(self, name: str, path: str) -> StageFunction:
         """Return the loss of a problem as the response node that a loss at `path` sees of it needs it."""
         return _ProblemStage(self, self.members[name], f"{path}/{name}")
-
-    def bound(
-        self, member: Member, values: Mapping[str, Vector], *, own_parameters: bool, spare_buffers: bool
-    ) -> Binding:
-        """Let a problem's loss see `values`, for a span that covers its backward pass.
-
-        With `own_parameters` the problem sees its parameters themselves.
-        """
-        direct = [self.members[d] for d in self.graph.direct(member.name)]
-        return Binding(member, direct, values, own_parameters, spare_buffers)
 
     def reject_bypasses(self, member: Member, loss: Tensor, own_parameters: bool) -> None:
         """Raise an error if a loss reaches parameters themselves where it should see what is bound for them."""
@@ -193,35 +191,15 @@ class _ProblemStage(StageFunction):
     def _batches(self) -> list[MicroBatch]:
         return self._evaluation.batches(self._member)
 
-    @contextmanager
-    def evaluation(self, solution: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Callable[[], Tensor]]:
+    def evaluation(self, solution: Sequence[Tensor], inputs: Sequence[Tensor]) -> _StageSpan:
         evaluation, member = self._evaluation, self._member
-        batches = self._batches()
         values = {member.name: tuple(solution)}
         begin = 0
         for name in evaluation.graph.inputs(member.name):
             end = begin + len(evaluation.members[name].trainable)
             values[name] = tuple(inputs[begin:end])
             begin = end
-
-        def evaluate() -> Tensor:
-            losses = []
-            for batch, state in batches:
-                state.restore()
-                losses.append(loss_and_metrics(member, batch)[0])
-            loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-            if member.in_methods.due():
-                evaluation.reject_bypasses(member, loss, own_parameters=False)
-            return loss
-
-        before = RandomState.capture(member.devices, host=any(s.host is not None for _, s in batches))
-        try:
-            with self._autocast.restored():
-                evaluation.add_responses(values, evaluation.graph.internal_order(member.name), self.name)
-                with evaluation.bound(member, values, own_parameters=False, spare_buffers=True):
-                    yield evaluate
-        finally:
-            before.restore()
+        return _StageSpan(evaluation, member, self._batches(), values, self.name, self._autocast)
 
     def recording(self) -> Recording[list[MicroBatch]]:
         member = self._member
@@ -256,6 +234,67 @@ class _ProblemStage(StageFunction):
         self._evaluation.reports.append(report)
 
 
+class _StageSpan:
+    """The span of an evaluation of a stage; its value is the function that evaluates the loss."""
+
+    __slots__ = (
+        "_ambient",
+        "_autocast",
+        "_batches",
+        "_binding",
+        "_checked",
+        "_evaluation",
+        "_member",
+        "_path",
+        "_values",
+    )
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        member: Member,
+        batches: list[MicroBatch],
+        values: dict[str, Vector],
+        path: str,
+        autocast: Autocast,
+    ) -> None:
+        self._evaluation, self._member, self._batches = evaluation, member, batches
+        self._values, self._path, self._autocast = values, path, autocast
+
+    def __enter__(self) -> Callable[[], Tensor]:
+        evaluation, member = self._evaluation, self._member
+        # What writes to its arguments does so in training too, where every evaluation is checked.
+        self._checked = member.in_methods.due()
+        self._ambient = self._autocast.restored()
+        self._ambient.__enter__()
+        try:
+            evaluation.add_responses(self._values, evaluation.graph.internal_order(member.name), self._path)
+            self._binding = Binding(
+                member, self._values, own_parameters=False, spare_buffers=True, checked=self._checked
+            )
+            self._binding.__enter__()
+        except BaseException as error:
+            self._ambient.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self._evaluate
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._binding.__exit__(kind, error, trace)
+        finally:
+            self._ambient.__exit__(kind, error, trace)
+
+    def _evaluate(self) -> Tensor:
+        member, checked = self._member, self._checked
+        losses = [replayed(member, batch, state, checked=checked)[0] for batch, state in self._batches]
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if checked:
+            self._evaluation.reject_bypasses(member, loss, own_parameters=False)
+        return loss
+
+
 class _StageAtStep(_ProblemStage):
     """A stage on the batches of one of its optimizer steps."""
 
@@ -275,11 +314,16 @@ class _StageAtStep(_ProblemStage):
         return self._recorded
 
 
-def loss_and_metrics(member: Member, batch: Any) -> tuple[Tensor, dict[str, float]]:
-    """Evaluate a problem's loss on one batch, and take what it logs beside it."""
-    versions = _versions(batch)
+def loss_and_metrics(member: Member, batch: Any, *, checked: bool = True) -> tuple[Tensor, dict[str, float]]:
+    """Evaluate a problem's loss on one batch, and take what it logs beside it.
+
+    Raises:
+        EvaluationError: (if `checked`) it changed the batch in place.
+
+    """
+    versions = _versions(batch) if checked else None
     result = member.problem.training_step(batch)
-    if versions != _versions(batch):
+    if checked and versions != _versions(batch):
         raise EvaluationError(
             f"{member.title} changed its batch in place; expected a loss that only reads it, since a batch is used "
             "again when the stage's response is differentiated. Use an out-of-place operation, or clone() first."
@@ -292,6 +336,19 @@ def loss_and_metrics(member: Member, batch: Any) -> tuple[Tensor, dict[str, floa
         )
     metrics = {key: number(value, f"{member.title}, {key!r}") for key, value in result.items() if key != "loss"}
     return checked_loss(result["loss"], member.title), metrics
+
+
+def replayed(
+    member: Member, batch: Any, state: RandomState, *, checked: bool = True
+) -> tuple[Tensor, dict[str, float]]:
+    """Evaluate a problem's loss with the random draws that begin at `state`."""
+    state.restore()
+    if not member.host_draws.unknown:
+        return loss_and_metrics(member, batch, checked=checked)
+    before = member.host_draws.before()
+    result = loss_and_metrics(member, batch, checked=checked)
+    member.host_draws.after(before)
+    return result
 
 
 def _versions(batch: Any) -> list[int]:

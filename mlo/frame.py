@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
 
@@ -14,7 +14,9 @@ from mlo.vectors import Vector
 class Parameters(dict[str, Tensor]):
     """Parameters by name: a read-only dict that says what there is when asked for what there is not."""
 
-    def __init__(self, problem: str, tensors: Mapping[str, Tensor]) -> None:
+    __slots__ = ("_problem",)
+
+    def __init__(self, problem: str, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Take a copy of the mapping; `problem` is named in errors."""
         super().__init__(tensors)
         self._problem = problem
@@ -58,11 +60,18 @@ class ModuleSlots:
         # Recurrent layers keep a second list of their weights beside the registered ones.
         self._recurrent = [part for part in parts if isinstance(part, nn.RNNBase)]
 
+    @property
+    def has_buffers(self) -> bool:
+        """Whether there are any buffers."""
+        return bool(self._buffers)
+
     def put(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Let the module run with `tensors` in the place of its trainable parameters; return what `restore` needs."""
         before = [places[key] for places, key, _ in self.places]
         for places, key, i in self.places:
             places[key] = tensors[i]
+        if not self._recurrent:
+            return [before, ()]
         weights = [part._flat_weights for part in self._recurrent]
         for part in self._recurrent:
             part._flat_weights = [getattr(part, key) for key in part._flat_weights_names]
@@ -92,14 +101,20 @@ class ModuleSlots:
             places.update(buffers)
 
 
+class Named(Protocol):
+    """A problem whose parameters have names."""
+
+    names: ParameterNames
+
+
 class Frame:
     """The tensors that one evaluation of one problem's loss sees, by problem."""
 
-    __slots__ = ("_names", "_parameters", "_values", "used")
+    __slots__ = ("_parameters", "_seen", "_values", "used")
 
-    def __init__(self, values: Mapping[str, Vector], names: Mapping[str, ParameterNames]) -> None:
+    def __init__(self, values: Mapping[str, Vector], seen: Mapping[str, Named]) -> None:
         """Keep the trainable tensors of each problem, and what is known of its parameters otherwise."""
-        self._values, self._names = values, names
+        self._values, self._seen = values, seen
         self._parameters: dict[str, Parameters] = {}
         self.used: set[str] = set()
 
@@ -107,10 +122,11 @@ class Frame:
         """Return the parameters of a problem, in the order of its module."""
         found = self._parameters.get(problem)
         if found is None:
-            names = self._names[problem]
-            tensors: dict[str, Tensor] = dict(zip(names.trainable, self._values[problem], strict=True))
+            names = self._seen[problem].names
+            tensors: Iterable[tuple[str, Tensor]] = zip(names.trainable, self._values[problem], strict=True)
             if names.constant:
-                tensors = {n: tensors[n] if n in tensors else names.constant[n] for n in names.all}
+                known = {**dict(tensors), **names.constant}
+                tensors = [(n, known[n]) for n in names.all]
             found = self._parameters[problem] = Parameters(problem, tensors)
         return found
 

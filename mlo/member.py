@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Member:
         directional_solves: how often mixed products of its loss were taken as directional derivatives.
         host_draws: whether its loss draws from Python's or NumPy's generator.
         title: how errors name its loss.
+        seen: the problem itself and those that its loss reads, by name, in the order of the graph.
 
     """
 
@@ -71,6 +73,7 @@ class Member:
         self.directional_solves = 0
         self.host_draws = HostDraws()
         self.title = f"problem {problem.name!r}: training_step"
+        self.seen: Mapping[str, Member] = {self.name: self}
         self._find_parameters()
 
     @property

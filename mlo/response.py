@@ -24,8 +24,16 @@ from mlo.vectors import Vector
 
 Tree = TypeVar("Tree")
 
-# How torch says that an operation has no second derivative, in reverse or in forward mode.
-_MISSING_DERIVATIVE = ("is not implemented", "once_differentiable", "forward AD", "forward mode AD")
+# How torch says that an operation, or what torch.compile has made of several, has no second derivative, in reverse or
+# in forward mode.
+_MISSING_DERIVATIVE = (
+    "is not implemented",
+    "once_differentiable",
+    "forward AD",
+    "forward mode AD",
+    "donated buffer",
+    "support double backward",
+)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
 
 from mlo.member import Member, MicroBatch
 from mlo.random_state import RandomState
@@ -39,9 +42,10 @@ class Previews:
     Before the first step they are what a fresh run through the data begins with.
     """
 
-    def __init__(self, differentiated: Member) -> None:
+    def __init__(self, differentiated: Member, devices: Iterable[torch.device]) -> None:
         """Take note of whose loss is differentiated: it is evaluated on the batches of its steps."""
         self._differentiated = differentiated
+        self._state = RandomState.capture(devices)
         self._found: dict[str, list[MicroBatch]] = {}
 
     def __call__(self, member: Member) -> list[MicroBatch]:
@@ -56,5 +60,6 @@ class Previews:
         if kept is not None:
             return kept
         count = member.problem.accumulate if feed is None else member.solve_count
-        state = RandomState.capture(member.devices)
+        may_draw = member.host_draws.found or member.host_draws.unknown
+        state = self._state if may_draw else replace(self._state, host=None)
         return [(batch, state) for batch in (feed or member.feed).preview(count, member.devices)]

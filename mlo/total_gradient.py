@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mlo.errors import EvaluationError
-from mlo.evaluation import Evaluation, loss_and_metrics
+from mlo.evaluation import Binding, Evaluation, loss_and_metrics, replayed
 from mlo.losses import unreached, without_graph
 from mlo.member import Member, MicroBatch
-from mlo.random_state import RandomState
+from mlo.random_state import RandomState, preserved
 from mlo.response import pulled_back
 from mlo.stage_function import leaves
 from mlo.vectors import Vector
@@ -26,7 +26,7 @@ class TotalGradient:
     Attributes:
         loss: mean over the batches.
         metrics: what the loss logs, likewise.
-        micro_batches: the batches with the random states that the loss saw.
+        micro_batches: the batches with the random states that the loss saw, if it is to be repeatable.
         used: the dependencies that the loss read.
         cut: those among them whose response carries a gradient, but not from this loss.
 
@@ -45,12 +45,14 @@ def accumulate_total_gradient(
     own: Sequence[Tensor],
     batches: Sequence[Any],
     states: Sequence[RandomState] | None,
+    *,
+    repeatable: bool = True,
 ) -> TotalGradient:
     """Put the total gradient of a problem's loss into `.grad` of `own`, which must be `None` before.
 
     `own` are the problem's parameters themselves (a training step, `states` is `None`: random draws go on,
     buffers change as in any forward pass) or fresh leaves in their place (`states` are replayed, buffers are
-    spared).
+    spared). A training step that is not to be `repeatable` takes no note of its batches and random states.
 
     The direct gradient and the cotangents of all responses come from one backward pass per batch; the
     cotangents of all batches together then go back through the responses, so that each stage is solved once.
@@ -67,14 +69,13 @@ def accumulate_total_gradient(
     seen: list[MicroBatch] = []
     inputs = [*own, *(t for tensors in proxies.values() for t in tensors)]
     schedule = member.in_training if training else member.in_methods
-    with evaluation.bound(member, values, own_parameters=training, spare_buffers=not training) as frame:
+    with Binding(member, values, own_parameters=training, spare_buffers=not training) as frame:
         for i, batch in enumerate(batches):
             if states is None:
-                state, loss, metrics = _training_evaluation(member, batch)
+                loss, metrics = _training_evaluation(member, batch, seen if repeatable else None)
             else:
-                state = states[i]
-                state.restore()
-                loss, metrics = loss_and_metrics(member, batch)
+                seen.append((batch, states[i]))
+                loss, metrics = replayed(member, batch, states[i])
             if not loss.requires_grad:
                 raise without_graph(member.title, graph.why_no_gradient(member.name))
             if schedule.due():
@@ -83,7 +84,6 @@ def accumulate_total_gradient(
                     _reject_hidden_gradients(member, own, bool(proxies))
             mean = loss if len(batches) == 1 else loss / len(batches)
             torch.autograd.backward(mean, inputs=inputs)
-            seen.append((batch, state))
             losses.append(loss.item())
             logged.append(metrics)
     cotangents = {d: [t.grad for t in tensors] for d, tensors in proxies.items()}
@@ -104,13 +104,15 @@ def accumulate_total_gradient(
     )
 
 
-def _training_evaluation(member: Member, batch: Any) -> tuple[RandomState, Tensor, dict[str, float]]:
-    """Evaluate the loss of a training step, and find out whether it draws from Python's or NumPy's generator."""
-    state = RandomState.capture(member.devices, host=False)
-    before = member.host_draws.before()
-    loss, metrics = loss_and_metrics(member, batch)
+def _training_evaluation(member: Member, batch: Any, seen: list[MicroBatch] | None) -> tuple[Tensor, dict[str, float]]:
+    """Evaluate the loss of a training step, and add to `seen` with which random state it is to be repeated."""
+    if seen is None:
+        return loss_and_metrics(member, batch)
+    state, before = RandomState.capture(member.devices, host=False), member.host_draws.before()
+    result = loss_and_metrics(member, batch)
     host = member.host_draws.after(before)
-    return state if host is None else replace(state, host=host), loss, metrics
+    seen.append((batch, state if host is None else replace(state, host=host)))
+    return result
 
 
 def _sweep(
@@ -127,7 +129,10 @@ def _sweep(
     """
     graph = evaluation.graph
     carrying = graph.carrying(member.name)
-    with torch.no_grad():
+    stages = [evaluation.members[d] for d in graph.responses(member.name)]
+    devices = dict.fromkeys(d for m in stages for d in m.devices)
+    # Every evaluation of a stage in there replays the draws of its last step.
+    with torch.no_grad(), preserved(devices, host=any(m.host_draws.found for m in stages)):
         for name in reversed(carrying):
             given = cotangents.pop(name, None)
             if given is None or all(c is None for c in given):

@@ -16,10 +16,14 @@ from torch import Tensor
 Vector = tuple[Tensor, ...]
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
+# Up to so many tensors on a CPU, calls one by one take less time than one for the whole list.
+_FEW = 8
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Return Σ aᵢ·bᵢ over all entries of all tensors."""
+    if len(a) == 1:
+        return float(_dot(a[0], b[0]).item())
     return math.fsum(_numbers([_dot(x, y) for x, y in zip(a, b, strict=True)]))
 
 
@@ -49,6 +53,8 @@ def norm(a: Sequence[Tensor]) -> float:
 def _norm(a: Sequence[Tensor]) -> float:
     if any(x.is_sparse or x.dtype in _LOW_PRECISION for x in a):
         a = [(x.coalesce().values() if x.is_sparse else x).float() for x in a]
+    if len(a) <= _FEW and a[0].device.type == "cpu":
+        return math.hypot(*[torch.linalg.vector_norm(x).item() for x in a])
     return math.hypot(*_numbers(torch._foreach_norm(list(a))))
 
 

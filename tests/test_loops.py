@@ -281,9 +281,8 @@ def test_three_nested_levels():
         zy, zx = pull_back(uz, z, y, x)
         cotangent = uy + zy
         _, product = reduced_gradient(z, y, x)
-        first = cotangent * scale
-        residual = cotangent - product(first)[0]
-        adjoint = first + residual * scale
+        residual = cotangent.add(product(cotangent)[0], alpha=-scale)
+        adjoint = (cotangent + residual) * scale
         x = step(x, ux + (zx - product(adjoint)[1]))
     found = run_three_levels(start, low, mid, up, lr, mlo.Identity(s), mlo.Neumann(2, scale))
     for a, b in zip(found, (z, y, x), strict=True):

@@ -191,6 +191,7 @@ class ConjugateGradient(KrylovMethod):
         inverse = self._inverse(system) if math.sqrt(error) > tolerance else None
         # Without a preconditioner z is r itself, and so is its product with r.
         direction, slope = (residual, error) if inverse is None else _preconditioned(inverse, residual)
+        squared = dot(direction, direction)
         best, smallest = adjoint, error
         flat = FLAT * rounding_unit(system.rhs)
         # Preconditioned directions may all be of small curvature: what the preconditioner saw of H counts as met.
@@ -204,7 +205,6 @@ class ConjugateGradient(KrylovMethod):
             if not math.isfinite(curvature):
                 status = Status.NON_FINITE
                 break
-            squared = dot(direction, direction)
             if squared == 0 or slope == 0:  # with rtol = 0, once the squares have left the range of the dtype
                 status = Status.CONVERGED
                 break
@@ -222,6 +222,8 @@ class ConjugateGradient(KrylovMethod):
             previous = slope
             improved, slope = (residual, error) if inverse is None else _preconditioned(inverse, residual)
             direction = add(improved, direction, slope / previous)
+            # r is orthogonal to the direction before, z is not.
+            squared = error + (slope / previous) ** 2 * squared if inverse is None else dot(direction, direction)
             if error < smallest:
                 best, smallest = adjoint, error
             step += 1

@@ -93,46 +93,58 @@ class Neumann(ImplicitMethod):
         return self.scale is None
 
     def solve(self, system: LinearSystem) -> Solution:
-        """Return the partial sum, by λ ← λ + S r, r ← r − H S r from λ = 0, r = c."""
+        """Return the partial sum λ = S Σ rₖ, by r ← r − H S r from r = c.
+
+        With one number for S neither r nor the sum is multiplied by it before the end.
+        """
         residual = system.rhs
         size = norm(residual)
         first, before = size, size
-        adjoint = zeros_like(residual)
         if size == 0:
-            return Solution(adjoint, Status.CONVERGED, 0, 0.0)
+            return Solution(zeros_like(residual), Status.CONVERGED, 0, 0.0)
         if not math.isfinite(size):
             return Solution(residual, Status.NON_FINITE, 0, size)
         factors = self._factors(system)
         if factors is None:
-            return Solution(adjoint, Status.SINGULAR, 0, 1.0)
+            return Solution(zeros_like(residual), Status.SINGULAR, 0, 1.0)
         limit = first * max(self.rtol, rounding_unit(residual)) if self.rtol else 0.0
         flat = FLAT * min(
             rounding_unit(residual), torch.finfo(torch.float32).eps
         )  # norms are formed in float32 at least
         terms = self.terms or _MOST_TERMS
+        total = tuple([t.clone() for t in residual])
         for term in range(1, terms + 1):
-            step = scale(residual, factors)
-            adjoint = add(adjoint, step)
+            if term > 1:
+                torch._foreach_add_(total, residual)
             if term < terms:
-                residual = subtract(residual, system.product(step))
+                residual = _next(system, residual, factors)
                 before, size = size, norm(residual)
             status = _end(size, first, limit)
             if status is None and self.terms is None and abs(size - before) <= flat * before:
                 status = Status.SINGULAR
             if status is not None:
-                return Solution(adjoint, status, term, size / first)
+                return Solution(scale(total, factors), status, term, size / first)
         # For symmetric H the logarithm of ‖(I − SH)ᵏ c‖ is convex in k: once it grows, it grows for ever.
         status = Status.DIVERGED if size > before else Status.TRUNCATED
-        return Solution(adjoint, status, terms, size / first)
+        return Solution(scale(total, factors), status, terms, size / first)
 
     def _factors(self, system: LinearSystem) -> float | tuple[float, ...] | None:
         """Return the diagonal of S, a number for each tensor or one for all; `None` where H is zero."""
         if not isinstance(self.scale, str):
-            return scale_factors(self, self.scale, system)
+            factors = scale_factors(self, self.scale, system)
+            each = set(factors) if isinstance(factors, tuple) else {factors}
+            return float(each.pop()) if len(each) == 1 else factors
         largest = _largest_eigenvalue(system)
         if not math.isfinite(largest):
             return math.nan
         return 1 / (_SAFETY * largest) if largest > 0 else None
+
+
+def _next(system: LinearSystem, residual: Vector, factors: float | tuple[float, ...]) -> Vector:
+    """Return r − H S r."""
+    if isinstance(factors, float):
+        return add(residual, system.product(residual), -factors)
+    return subtract(residual, system.product(scale(residual, factors)))
 
 
 def _largest_eigenvalue(system: LinearSystem) -> float:
