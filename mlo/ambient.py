@@ -17,21 +17,30 @@ class Autocast:
     evaluation in there has to be given the settings of the forward pass it belongs to.
     """
 
-    settings: tuple[tuple[str, bool, torch.dtype], ...]
+    settings: tuple[tuple[str, torch.dtype | None], ...]
 
     @classmethod
     def capture(cls, device_types: Iterable[str]) -> Autocast:
-        """Take the present settings for the given device types."""
+        """Take the present settings for the given device types, each named once: the dtype, `None` where it is off."""
         return cls(
-            tuple((t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in dict.fromkeys(device_types))
+            tuple([(t, torch.get_autocast_dtype(t) if torch.is_autocast_enabled(t) else None) for t in device_types])
         )
 
     def restored(self) -> AbstractContextManager[object]:
         """Return a context manager that runs a block under these settings."""
-        wanted = [s for s in self.settings if s[1] or torch.is_autocast_enabled(s[0])]
-        if not wanted:
-            return nullcontext()
+        for device_type, dtype in self.settings:
+            if dtype is not None or torch.is_autocast_enabled(device_type):
+                return self._entered()
+        return _AS_IT_IS
+
+    def _entered(self) -> ExitStack:
         with ExitStack() as stack:
-            for device_type, enabled, dtype in wanted:
-                stack.enter_context(torch.autocast(device_type, enabled=enabled, dtype=dtype))
+            for device_type, dtype in self.settings:
+                if dtype is not None:
+                    stack.enter_context(torch.autocast(device_type, dtype=dtype))
+                elif torch.is_autocast_enabled(device_type):
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
             return stack.pop_all()
+
+
+_AS_IT_IS = nullcontext()

@@ -310,10 +310,11 @@ class Engine:
         member = self._members[name]
         involved = [self._members[d] for d in (*self.graph.responses(name), *self.graph.direct(name), name)]
         devices = dict.fromkeys(d for m in involved for d in m.devices)
-        previews = Previews(member, devices)
         own = leaves(member.trainable)
-        evaluation = Evaluation(self.graph, self._members, previews, dict(self._warm_starts), [])
-        with preserved(devices), self._training_modes_kept(), _differentiating():
+        may_draw = any(m.host_draws.possible for m in involved)
+        with preserved(devices, whole=may_draw) as state, self._training_modes_kept(), _differentiating():
+            previews = Previews(member, state)
+            evaluation = Evaluation(self.graph, self._members, previews, dict(self._warm_starts), [])
             used = previews(member)
             for m in involved:  # all are drawn before any loss is evaluated
                 previews(m)

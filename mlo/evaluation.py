@@ -174,7 +174,7 @@ class _ProblemStage(StageFunction):
         self.title = member.title
         self.warm_starts = evaluation.warm_starts
         self._evaluation, self._member = evaluation, member
-        self._autocast = Autocast.capture(d.type for d in member.devices)
+        self._autocast = Autocast.capture(member.device_types)
 
     @property
     def learning_rates(self) -> tuple[float, ...] | None:  # type: ignore[override]

@@ -44,6 +44,7 @@ class Member:
         slots: their places in the module.
         facts: what the optimizer says about them.
         devices: the devices of the parameters.
+        device_types: their types, each once.
         feed: the problem's batches.
         micro_batches: those of its last step.
         recording: its last optimizer steps, if a method wants them.
@@ -107,6 +108,7 @@ class Member:
         self.slots = ModuleSlots(self.problem.module, self.trainable)
         self.facts = OptimizerFacts(optimizer, self.trainable)
         self.devices: tuple[torch.device, ...] = tuple(dict.fromkeys(p.device for p in named.values()))
+        self.device_types: tuple[str, ...] = tuple(dict.fromkeys(d.type for d in self.devices))
         self._signature = self._present_signature()
         self.in_training, self.in_methods = CheckSchedule(), CheckSchedule()
         self.recording: Recording[list[MicroBatch]] | None = None

@@ -18,7 +18,8 @@ from numpy.random import mtrand
 class HostState:
     """The states of Python's and NumPy's global generators.
 
-    NumPy's takes thirty microseconds to get and twice that to set. Its words are read from where they lie in one.
+    NumPy's takes thirty microseconds to get and twice that to set. Its words are read from where they lie in one; they
+    lack a normal number that NumPy may keep for the next call.
     """
 
     python: Any
@@ -26,21 +27,25 @@ class HostState:
     words: bytes | None
 
     @classmethod
-    def capture(cls) -> HostState:
-        """Take the present states."""
-        return cls(random.getstate(), np.random.get_state(legacy=False), _words())
+    def capture(cls, *, whole: bool = True) -> HostState:
+        """Take the present states, NumPy's by its words alone if they need not be `whole`."""
+        words = _words()
+        return cls(random.getstate(), np.random.get_state(legacy=False) if whole or words is None else None, words)
 
     def restore(self) -> None:
         """Put the generators back, if anything was drawn from them."""
         if random.getstate() != self.python:
             random.setstate(self.python)
-        # A normal number that NumPy keeps for the next call can be drawn without a change of the words.
-        if self.words is None or self.numpy["has_gauss"] or _words() != self.words:
-            np.random.set_state(self.numpy)
+        # The number that NumPy keeps can be drawn without a change of the words.
+        kept = self.numpy is not None and (self.words is None or self.numpy["has_gauss"])
+        if kept or _words() != self.words:
+            np.random.set_state(_of_words(self.words) if self.numpy is None else self.numpy)
 
     def __eq__(self, other: object) -> bool:
         """Whether nothing was drawn between the two."""
-        return isinstance(other, HostState) and self.python == other.python and _same(self.numpy, other.numpy)
+        if not isinstance(other, HostState) or self.python != other.python or self.words != other.words:
+            return False
+        return self.numpy is None or _same(self.numpy, other.numpy)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -58,10 +63,10 @@ class RandomState:
     host: HostState | None
 
     @classmethod
-    def capture(cls, devices: Iterable[torch.device] = (), *, host: bool = True) -> RandomState:
+    def capture(cls, devices: Iterable[torch.device] = (), *, host: bool = True, whole: bool = True) -> RandomState:
         """Take the present state; `devices` are those whose CUDA generators matter, `host` Python's and NumPy's."""
-        cuda = tuple((d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda")
-        return cls(torch.get_rng_state(), cuda, HostState.capture() if host else None)
+        cuda = tuple([(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"])
+        return cls(torch.get_rng_state(), cuda, HostState.capture(whole=whole) if host else None)
 
     def restore(self) -> None:
         """Put the generators back."""
@@ -88,26 +93,20 @@ class HostDraws:
         self.found = False
         self.unknown = True
 
+    @property
+    def possible(self) -> bool:
+        """Whether the loss was seen to draw, or was not looked at yet."""
+        return self.found or self.unknown
+
     def before(self) -> HostState:
         """Look at the generators before an evaluation."""
-        words = _words()
-        if self.found or self.unknown or words is None:
-            return HostState.capture()
-        return HostState(random.getstate(), None, words)
+        return HostState.capture(whole=self.possible)
 
     def after(self, before: HostState) -> HostState | None:
         """Look at them again; return the state with which the evaluation is to be repeated, if it draws."""
         self.unknown = False
-        if before.numpy is not None:
-            self.found = self.found or before != HostState.capture()
-            return before if self.found else None
-        if random.getstate() == before.python and _words() == before.words:
-            return None
-        self.found = True
-        words = np.frombuffer(before.words or b"", np.uint32)
-        state = {"key": words[:-1].copy(), "pos": int(words[-1])}
-        numpy = {"bit_generator": "MT19937", "state": state, "has_gauss": 0, "gauss": 0.0}
-        return HostState(before.python, numpy, before.words)
+        self.found = self.found or before != HostState.capture(whole=before.numpy is not None)
+        return before if self.found else None
 
 
 def _words() -> bytes | None:
@@ -118,6 +117,13 @@ def _words() -> bytes | None:
     return ctypes.string_at(generator.ctypes.state_address, 4 * 625)
 
 
+def _of_words(words: bytes | None) -> dict[str, Any]:
+    """Return the state of a Mersenne twister for `numpy.random.set_state`."""
+    numbers = np.frombuffer(words or b"", np.uint32)
+    state = {"key": numbers[:-1].copy(), "pos": int(numbers[-1])}
+    return {"bit_generator": "MT19937", "state": state, "has_gauss": 0, "gauss": 0.0}
+
+
 def _same(a: Any, b: Any) -> bool:
     """Whether two states of a NumPy generator are equal."""
     if isinstance(a, dict):
@@ -126,10 +132,10 @@ def _same(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def preserved(devices: Iterable[torch.device] = (), *, host: bool = True) -> Iterator[None]:
-    """Leave the generators as they were."""
-    before = RandomState.capture(devices, host=host)
+def preserved(devices: Iterable[torch.device] = (), *, host: bool = True, whole: bool = True) -> Iterator[RandomState]:
+    """Leave the generators as they were; the value is their state."""
+    before = RandomState.capture(devices, host=host, whole=whole)
     try:
-        yield
+        yield before
     finally:
         before.restore()

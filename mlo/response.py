@@ -140,7 +140,7 @@ class _FunctionalStage(StageFunction):
         self._structures = solution_structure, input_structure
         self._devices = tuple(dict.fromkeys(t.device for t in tensors))
         self._random = RandomState.capture(self._devices)
-        self._autocast = Autocast.capture(d.type for d in self._devices)
+        self._autocast = Autocast.capture(dict.fromkeys(d.type for d in self._devices))
         self.learning_rates = None
         self.weight_decays = (0.0,) * size
         self.signs = (1.0,) * size

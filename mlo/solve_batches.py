@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
 
 from mlo.member import Member, MicroBatch
 from mlo.random_state import RandomState
@@ -42,10 +40,10 @@ class Previews:
     Before the first step they are what a fresh run through the data begins with.
     """
 
-    def __init__(self, differentiated: Member, devices: Iterable[torch.device]) -> None:
-        """Take note of whose loss is differentiated: it is evaluated on the batches of its steps."""
+    def __init__(self, differentiated: Member, state: RandomState) -> None:
+        """Take note of whose loss is differentiated, on the batches of its steps, and of the present random state."""
         self._differentiated = differentiated
-        self._state = RandomState.capture(devices)
+        self._state = state
         self._found: dict[str, list[MicroBatch]] = {}
 
     def __call__(self, member: Member) -> list[MicroBatch]:
@@ -60,6 +58,5 @@ class Previews:
         if kept is not None:
             return kept
         count = member.problem.accumulate if feed is None else member.solve_count
-        may_draw = member.host_draws.found or member.host_draws.unknown
-        state = self._state if may_draw else replace(self._state, host=None)
+        state = self._state if member.host_draws.possible else replace(self._state, host=None)
         return [(batch, state) for batch in (feed or member.feed).preview(count, member.devices)]

@@ -38,6 +38,10 @@ class Linearisation(ABC):
     def mixed_product(self, vector: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Return Gᵀ·vector, one tensor for each of x that is wanted and that the loss reaches; else `None`."""
 
+    def both_products(self, vector: Sequence[Tensor]) -> tuple[Vector, tuple[Tensor | None, ...]]:
+        """Return Hᵀ·vector and Gᵀ·vector, the last products that are asked for."""
+        return self.product(vector), self.mixed_product(vector)
+
     def taking_part(self, tensors: Sequence[Tensor | None]) -> Vector:
         """Return the tensors that belong to parameters that the loss reaches."""
         return tuple(t for t, g in zip(tensors, self.gradient, strict=True) if g is not None and t is not None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlo.engine import Engine
 from mlo.errors import ConfigurationError
-from mlo.evaluation import Evaluation, loss_and_metrics
+from mlo.evaluation import Binding, Evaluation, replayed
 from mlo.graph import ProblemGraph
 from mlo.hypergradient import Dense, HypergradientMethod
 from mlo.member import MicroBatch
@@ -36,8 +36,8 @@ def opened(engine: Engine, name: str) -> Iterator[EngineHierarchy]:
     devices = dict.fromkeys(d for m in engine._members.values() for d in m.devices)
     before = [dict(vars(m)) for m in engine._members.values()]
     try:
-        with preserved(devices), engine._training_modes_kept(), torch.inference_mode(False):
-            previews = Previews(differentiated)
+        with preserved(devices) as state, engine._training_modes_kept(), torch.inference_mode(False):
+            previews = Previews(differentiated, state)
             for m in members:
                 if m is differentiated or m.solve_feed is None:
                     m.micro_batches = previews(m)
@@ -181,11 +181,10 @@ class EngineHierarchy(Hierarchy):
         def evaluate() -> Tensor:
             losses = []
             for batch, state in self._batches[name]:
-                state.restore()
-                losses.append(loss_and_metrics(member, batch)[0])
+                losses.append(replayed(member, batch, state)[0])
             return torch.stack(losses).mean()
 
-        with evaluation.bound(member, values, own_parameters=False, spare_buffers=True):
+        with Binding(member, values, own_parameters=False, spare_buffers=True):
             yield evaluate
 
     def _reach(self, reader: str) -> dict[str, list[bool]]:
