@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from mlo.errors import GraphError
-from mlo.hypergradient import ConjugateGradient, HypergradientMethod
+from mlo.hypergradient import ConjugateGradient, HypergradientMethod, ImplicitMethod
 from mlo.hypergradient.scaling import missing_learning_rate
 from mlo.problem import Problem
 
@@ -269,15 +269,15 @@ class ProblemGraph:
         if nested and not method.allows_internal_responses:
             raise GraphError(
                 f"problem {name!r}, hypergradient={kind}: its own loss reads the response of {_listed(nested)}, which "
-                f"depends on {name!r} in turn; {kind} holds that response fixed, which would be wrong, not "
-                "approximate. Use ConjugateGradient, Neumann, Identity or Dense at this problem."
+                f"depends on {name!r} in turn; {_described(method)} holds that response fixed, which would be wrong, "
+                f"not approximate. Use {_differentiable(method)} at this problem."
             )
         for d in nested:
             if not self.method(d).differentiable:
                 raise GraphError(
                     f"problem {d!r}, hypergradient={type(self.method(d)).__name__}: its response stands inside the "
-                    f"loss of {name!r}, whose hypergradient needs a derivative of this method, and it has none. Use "
-                    f"ConjugateGradient, Neumann, Identity or Dense at {d!r}."
+                    f"loss of {name!r}, whose hypergradient needs a derivative of this method, and "
+                    f"{_described(self.method(d))} has none. Use {_differentiable(self.method(d))} at {d!r}."
                 )
 
     def why_no_gradient(self, name: str) -> str:
@@ -351,3 +351,16 @@ class ProblemGraph:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
+
+
+def _described(method: HypergradientMethod) -> str:
+    """Return the name of a method, with that of its products where they are not the usual ones."""
+    kind, product = type(method).__name__, getattr(method, "product", None)
+    return kind if product is None or product.differentiable else f"{kind} with {type(product).__name__}"
+
+
+def _differentiable(method: HypergradientMethod) -> str:
+    """Return what can be differentiated, for a method that cannot."""
+    if isinstance(method, ImplicitMethod) and not method.product.differentiable:
+        return f"{type(method).__name__} with mlo.DoubleBackward()"
+    return "ConjugateGradient, Neumann, Identity or Dense"

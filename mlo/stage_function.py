@@ -40,6 +40,16 @@ class StageFunction(ABC):
     weight_decays: tuple[float, ...]
     signs: tuple[float, ...]
     warm_starts: MutableMapping[str, Vector] | None = None
+    _solved = False
+
+    def first_solve(self) -> bool:
+        """Whether no solve was made at this node before: the first is the one that the next step's resembles.
+
+        Those that follow are asked for by the products of a stage above, or by a derivative, and have right-hand sides
+        of their own.
+        """
+        first, self._solved = not self._solved, True
+        return first
 
     @abstractmethod
     def evaluation(
@@ -82,6 +92,10 @@ class StageFunction(ABC):
             gradients = torch.autograd.grad(loss, tuple(solution), create_graph=True, allow_unused=True)
         if all(g is None for g in gradients):
             raise unreached(self.title)
+        return self.stationarity(gradients, solution)
+
+    def stationarity(self, gradients: Sequence[Tensor | None], solution: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Return g for gradients of the loss itself, as the optimizer sees them: with its sign and its L2 decay."""
         return tuple(
             None if g is None else _stationarity(g, theta, decay, sign)
             for g, theta, decay, sign in zip(gradients, solution, self.weight_decays, self.signs, strict=True)
@@ -95,5 +109,6 @@ def _stationarity(gradient: Tensor, theta: Tensor, decay: float, sign: float) ->
 
 def leaves(tensors: Sequence[Tensor], requires_grad: bool | Sequence[bool] = True) -> Vector:
     """Return fresh leaves that share storage with `tensors`: gradients with respect to them are partial ones."""
-    flags = [requires_grad] * len(tensors) if isinstance(requires_grad, bool) else requires_grad
-    return tuple(t.detach().requires_grad_(flag) for t, flag in zip(tensors, flags, strict=True))
+    if isinstance(requires_grad, bool):
+        return tuple([t.detach().requires_grad_(requires_grad) for t in tensors])
+    return tuple([t.detach().requires_grad_(flag) for t, flag in zip(tensors, requires_grad, strict=True)])

@@ -72,8 +72,9 @@ class SolveReport:
             method does not form it.
         products: Hessian–vector products spent, those of setting up the solve included.
         gradient_norm: ‖g‖, the Euclidean norm of the stage's own gradient (the optimizer's L2 decay included) where
-            its response was taken: how far from solved the stage is. The implicit function theorem assumes 0. `None`
-            where the method does not form it.
+            its response was taken: how far from solved the stage is. The implicit function theorem assumes 0. `Unroll`
+            gives the one before the last step. `None` where the method does not form it: `FiniteDifference`, whose two
+            gradients are in x alone.
 
     """
 

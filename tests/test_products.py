@@ -213,23 +213,52 @@ def test_attention_by_central_differences_is_attention_by_double_backward():
 
 
 @pytest.mark.parametrize("product", [mlo.DoubleBackward(), *FIRST_ORDER], ids=kind)
-def test_how_far_a_stage_is_from_solved_stands_in_the_report(product):
-    stages, top = zoo.two_levels(mlo.ConjugateGradient(product=product, rtol=1e-6))
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda p: mlo.ConjugateGradient(product=p, rtol=1e-6),
+        lambda p: mlo.Unroll(product=p),
+        lambda p: mlo.F2SA(scale=0.01),
+        lambda p: mlo.FiniteDifference(scale=0.01),
+    ],
+    ids=["ConjugateGradient", "Unroll", "F2SA", "FiniteDifference"],
+)
+def test_how_far_a_stage_is_from_solved_stands_in_the_report(method, product):
+    stages, top = zoo.two_levels(method(product))
     engine = mlo.Engine([*stages, top])
     zoo.solve_in_order(stages, top)
     stage = stages[0]
     values = {"top": zoo.flat(dict(top.module.named_parameters())).detach()}
     zoo.assign(stage.module, torch.ones(6))
-    summary = None
-
-    def keep(_, reports):
-        nonlocal summary
-        summary = reports["top"].solves["top/w"]
-
     stage.optimizer.param_groups[0].update(lr=0.0, weight_decay=0.3)  # it stays where it is
-    engine.run(1, callbacks=[keep])
+    summary = engine.step()["top"].solves["top/w"]
     expected = ((stage.hessian + 0.3 * torch.eye(6)) @ torch.ones(6) - stage.right_side(values)).norm().item()
-    assert summary.gradient_norm == pytest.approx(expected, rel=1e-10)
+    if isinstance(stage.hypergradient, mlo.FiniteDifference):  # it forms gradients in x only
+        assert summary.gradient_norm is None
+    else:
+        assert summary.gradient_norm == pytest.approx(expected, rel=1e-10)
+
+
+def test_an_unrolled_stage_reports_the_gradient_before_its_last_step():
+    class Lower(mlo.Problem):
+        def training_step(self, batch):
+            return 0.5 * (self.params["w"] - self.deps.top.params["w"]).square().sum()
+
+    class Upper(mlo.Problem):
+        def training_step(self, batch):
+            return self.deps.low.params["w"].sum()
+
+    low, top = (nn.ParameterDict({"w": torch.tensor([v])}) for v in (1.0, 0.0))
+    sgd = torch.optim.SGD(low.parameters(), lr=0.5)
+    for keep_every in (1, 2, None):
+        with torch.no_grad():
+            low["w"].fill_(1.0)
+        stage = Lower(
+            "low", low, optimizer=sgd, depends_on=["top"], steps=4, hypergradient=mlo.Unroll(keep_every=keep_every)
+        )
+        upper = Upper("top", top, optimizer=torch.optim.SGD(top.parameters(), lr=0.0), depends_on=["low"])
+        summary = mlo.Engine([stage, upper]).step()["top"].solves["top/low"]
+        assert summary.gradient_norm == pytest.approx(0.5**3, rel=1e-12)
 
 
 def test_products_are_checked():

@@ -345,6 +345,41 @@ def test_derivatives_of_non_symmetric_solves(method):
     assert torch.autograd.gradgradcheck(response, x, fast_mode=True)
 
 
+@pytest.mark.parametrize("method", [GMRES(rtol=1e-13), Dense(), GMRES(rtol=1e-13, warm_start=True)])
+def test_third_derivatives_of_non_symmetric_solves(method):
+    """Against a few steps θ ← θ − M g(θ, x) from the solution: each makes one more order of derivatives exact."""
+    a = torch.tensor([[2.0, 0.6, 0.0], [-0.3, 1.5, 0.4], [0.5, -0.2, 1.8]])
+    b = torch.tensor([[0.3, 0.5, -0.4], [-0.6, 0.2, 0.1], [0.4, 0.7, 0.5]])
+    x, direction = torch.tensor([0.9, -0.8, 1.2]), torch.tensor([1.0, -0.7, 0.4])
+
+    def g(w, x):  # neither the Jacobian nor its derivative is symmetric
+        return a @ w + b @ torch.sin(w) - x
+
+    fixed = by_newton(lambda w: g(w, x), lambda w: a + b @ torch.diag(torch.cos(w)), 3)
+    inverse = torch.linalg.inv(a + b @ torch.diag(torch.cos(fixed)))
+
+    def by_steps(x):
+        w = fixed
+        for _ in range(4):
+            w = w - inverse @ g(w, x)
+        return w
+
+    def by_solves(x):
+        starts = {} if method.keeps_solutions else None
+        loss = lambda w, x: FieldLoss.apply(w, g(w, x))
+        return mlo.best_response(loss, fixed, x, method, warm_starts=starts)
+
+    found = []
+    for response in (by_steps, by_solves):
+        t = torch.zeros((), requires_grad=True)
+        y = response(x + t * direction).pow(2) @ torch.tensor([1.0, 0.5, -2.0])
+        for _ in range(3):
+            (y,) = torch.autograd.grad(y, t, create_graph=True)
+        found.append(y.item())
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+    assert abs(found[0]) > 0.01
+
+
 # --- steps, products and statuses ----------------------------------------------------------------------------------
 
 
@@ -564,6 +599,18 @@ def test_singular_systems_without_a_solution(method, spectrum, dtype):
     assert result.products <= 12 * len(matrix)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_conjugate_gradients_give_the_best_of_their_steps_at_a_singular_system(seed):
+    torch.manual_seed(seed)
+    matrix, rhs = symmetric([0.0, 1, 2, 3, 4, 5]), torch.randn(6)
+    result = solved(CG(), matrix, rhs)
+    each = [solved(CG(max_steps=k), matrix, rhs).residual for k in range(1, result.iterations + 1)]
+    assert result.status is Status.SINGULAR
+    assert min(each) < each[-1] / 2  # the last is not the best
+    assert result.residual == pytest.approx(min(each), rel=1e-10)
+    assert result.residual == pytest.approx(((rhs - matrix @ result.vector).norm() / rhs.norm()).item(), rel=1e-8)
+
+
 def test_a_least_squares_solution_stands_if_the_steps_run_out_behind_it():
     matrix, rhs = symmetric(SPECTRA["large"]), torch.randn(50)
     shortest = torch.linalg.pinv(matrix, hermitian=True) @ rhs
@@ -595,6 +642,7 @@ def test_right_hand_sides_that_the_matrix_does_not_see(method):
     result = solved(method, matrix, rhs)
     assert result.status is Status.SINGULAR
     assert result.vector.norm() < 1
+    assert result.residual == pytest.approx((rhs - matrix @ result.vector).norm().item(), rel=1e-6)
     result = solved(method, torch.diag(torch.tensor([0.0, 1.0, -2.0])), torch.tensor([1.0, 0, 0]))
     assert result.status is Status.SINGULAR
     assert torch.equal(result.vector, torch.zeros(3))
@@ -639,6 +687,10 @@ def test_conjugate_gradients_keep_their_statuses_with_a_preconditioner():
     assert solved(preconditioned, torch.zeros(6, 6), torch.randn(6)).status is Status.SINGULAR
     small_damping = CG(preconditioner=Nystrom(rank=3, damping=1e-9))
     assert solved(small_damping, semidefinite, torch.randn(6)).status is Status.SINGULAR
+    # The first direction is nearly all in the kernel, which is known from what the preconditioner saw of H.
+    all_columns = CG(preconditioner=Nystrom(rank=3, damping=1e-9))
+    result = solved(all_columns, torch.diag(torch.tensor([1.0, 0.0, 0.5])), torch.ones(3))
+    assert (result.status, result.iterations) == (Status.SINGULAR, 0)
 
 
 # --- restarts, memory and warm starts --------------------------------------------------------------------------------

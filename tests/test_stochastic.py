@@ -9,6 +9,7 @@ import mlo
 from tests import zoo
 from tests.test_hypergradient_closed_form import neumann_inverse
 from tests.test_products import hypergradient
+from tests.test_solvers import solved
 
 
 @pytest.mark.parametrize("topology", zoo.TOPOLOGIES)
@@ -68,6 +69,14 @@ def test_soba_follows_the_linear_system_from_step_to_step(steps):
         found = zoo.flat({n: p.grad for n, p in top.module.named_parameters() if p.grad is not None})
         assert zoo.relative_error(found, expected) < 1e-10
         assert (report.iterations, report.products) == (steps, steps)
+
+
+def test_soba_reports_the_residual_before_its_last_step():
+    matrix, rhs = zoo.spd(4), 5 * torch.randn(4)
+    result = solved(mlo.SOBA(steps=3, scale=0.1), matrix, rhs)
+    before = torch.linalg.matrix_power(torch.eye(4) - 0.1 * matrix, 2) @ rhs
+    assert result.residual == pytest.approx((before.norm() / rhs.norm()).item(), rel=1e-12)
+    assert (result.status, result.iterations, result.products) == (mlo.Status.TRUNCATED, 3, 3)
 
 
 def test_soba_trains_to_the_exact_optimum():

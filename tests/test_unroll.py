@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import mlo
+from mlo.hypergradient.unroll import _Sweep
 from mlo.optimizer_steps import differentiable_step, optimizer_state
 
 
@@ -159,6 +160,22 @@ def test_where_states_are_kept_changes_nothing(keep_every):
     expected = upper_gradient(build(mlo.Unroll(keep_every=1), "adam"))
     found = upper_gradient(build(mlo.Unroll(keep_every=keep_every), "adam"))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("keep_every", "most"), [(None, 3), (1, 1), (4, 4), (50, 10)])
+def test_no_more_states_are_computed_again_than_stand_between_two_kept_ones(monkeypatch, keep_every, most):
+    lengths = []
+    again = _Sweep._forward_from
+
+    def counted(self, first):
+        points = again(self, first)
+        lengths.append(len(points))
+        return points
+
+    monkeypatch.setattr(_Sweep, "_forward_from", counted)
+    upper_gradient(build(mlo.Unroll(keep_every=keep_every), "adam", steps=10))
+    assert sum(lengths) == 10
+    assert max(lengths) == most
 
 
 def test_gradient_clipping_is_part_of_the_step():

@@ -19,6 +19,9 @@ class AdaptiveIdentity(ImplicitMethod):
     the derivative of that step: ∂θ⁺/∂x = −P·G. For SGD P is the learning rate, so that it is `Identity(scale=None)`;
     for Adam, AdamW, RMSprop and Adagrad each parameter has a scale of its own, of the size of 1/√v.
 
+    Exact where H = P⁻¹, and like `Identity` a better or worse direction elsewhere: close to H⁻¹c as far as the
+    optimizer's preconditioner is close to H⁻¹. There is nothing to converge.
+
     Args:
         product: how Gᵀ P c is formed; the paper uses `CentralDifferences()`.
         on_breakdown: see `HypergradientMethod`. Breaks down on non-finite values only.
@@ -26,10 +29,26 @@ class AdaptiveIdentity(ImplicitMethod):
     Raises:
         ConfigurationError: the stage's optimizer is not SGD, Adam, AdamW, RMSprop or Adagrad of torch.
 
-    Cost: no Hessian–vector product, one mixed product; one step of the optimizer's arithmetic.
+    Cost: no Hessian–vector product, one mixed product; one step of the optimizer's arithmetic. Memory: the graph of the
+    gradient, and two vectors of the stage's size beside a copy of the optimizer's state.
 
     Source: Choe, Mehta, Ahn, Neiswanger, Xie, Strubell and Xing, "Making scalable meta learning practical" (SAMA),
     NeurIPS 2023.
+
+    >>> import mlo, torch
+    >>> class Stage(mlo.Problem):
+    ...     def training_step(self, batch):               # w*(x) = x / 2 and H = 2
+    ...         w, x = self.params["w"], self.deps.upper.params["x"]
+    ...         return (w**2 - w * x).sum()
+    >>> class Upper(mlo.Problem):
+    ...     def training_step(self, batch):
+    ...         return self.deps.stage.params["w"].sum()
+    >>> low, top = (torch.nn.ParameterDict({name: torch.ones(1)}) for name in "wx")
+    >>> adagrad = torch.optim.Adagrad(low.parameters(), lr=0.8, initial_accumulator_value=3.0)
+    >>> stage = Stage("stage", low, optimizer=adagrad, depends_on=["upper"], hypergradient=mlo.AdaptiveIdentity())
+    >>> engine = mlo.Engine([stage, Upper("upper", top, depends_on=["stage"])])
+    >>> round(engine.hypergradient("upper")["x"].item(), 6)   # g = 1, v = 3 + g², ∂u/∂g = 0.8 (v − g²) / v^1.5
+    0.3
 
     """
 

@@ -30,8 +30,10 @@ class Dense(ImplicitMethod):
     Raises:
         ConfigurationError: max_size is no positive integer, or a stage has more parameters.
 
-    Cost: n Hessian–vector products and memory for two n × n matrices, n the number of parameters, and
+    Cost: n Hessian–vector products, one mixed product, memory for two n × n matrices, n the number of parameters, and
     O(n³) operations.
+
+    Source: Bengio, "Gradient-based optimization of hyperparameters", Neural Computation 12, 2000.
 
     >>> import mlo, torch
     >>> def loss(w, x):                                   # indefinite: w*(x) = x / (1, −2)

@@ -25,9 +25,9 @@ from mlo.vectors import norm, scale
 class FiniteDifference(HypergradientMethod):
     """c ↦ −[∂L/∂x(θ + εd, x) − ∂L/∂x(θ − εd, x)] / 2ε with d = `scale`·c.
 
-    The inverse Hessian is replaced by `scale`·I as in `Identity`, and the mixed product Gᵀ d is a central
-    difference at the solved weights: exact for a quadratic loss, and of order ε² else. Both sides see the
-    same batch and the same random draws. The user's parameters are never written to; works for modules
+    The inverse Hessian is replaced by `scale`·I as in `Identity`, exact where H = I / scale, and the mixed product Gᵀ d
+    is a central difference at the solved weights: exact for a quadratic loss, and with an error of order ε² else. Both
+    sides see the same batch and the same random draws. The user's parameters are never written to; works for modules
     that have no second derivative.
 
     Wrong where the loss holds a stop-gradient (`detach()`, `.data`, `torch.no_grad()`) between θ and x, as that of
@@ -50,8 +50,8 @@ class FiniteDifference(HypergradientMethod):
             on the stage (which would have to be shifted too), or a stage above needs this method's derivative:
             then use `ConjugateGradient`, `Neumann` or `Identity`.
 
-    Cost: two forward and two reverse passes, one shifted copy of the stage's parameters at a time, no
-    second-order graph.
+    Cost: no Hessian–vector product; two forward and two reverse passes, one shifted copy of the stage's parameters at a
+    time, no second-order graph. It reports no gradient norm of the stage: its two gradients are in x alone.
 
     Source: Liu, Simonyan and Yang, "DARTS: differentiable architecture search", ICLR 2019, section 2.3.
 

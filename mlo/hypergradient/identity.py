@@ -27,7 +27,8 @@ class Identity(ImplicitMethod):
     Raises:
         ConfigurationError: scale is not positive.
 
-    Cost: no Hessian–vector product, one mixed product (one forward and two reverse passes).
+    Cost: no Hessian–vector product, one mixed product (one forward and two reverse passes). Memory: the graph of the
+    gradient and one vector of the stage's size.
 
     Source: Luketina et al., "Scalable gradient-based tuning of continuous regularization
     hyperparameters", ICML 2016.

@@ -104,7 +104,9 @@ class ImplicitMethod(HypergradientMethod):
             return self._differentiable_pullback(stage, cotangents, solution, inputs)
         factor = _normalising_factor(cotangents)
         with torch.no_grad(), self.product.linearised(stage, solution, inputs, needed) as linearisation:
-            system = LinearSystem(stage, linearisation, solution, scale(cotangents, factor), warm_start_key=stage.name)
+            system = LinearSystem(
+                stage, linearisation, solution, scale(cotangents, factor), warm_start_key=_warm_start_key(stage)
+            )
             adjoint = self.solve_and_settle(stage, system)
             mixed = linearisation.mixed_product(adjoint)
         result = tuple(None if m is None else m * (-1 / factor) for m in mixed)
@@ -163,8 +165,7 @@ class _Solve(torch.autograd.Function):
                 solution,
                 scale(cotangents, factor),
                 transposed=transposed and not method.assumes_symmetric,
-                # Solves for derivatives have right-hand sides of their own: nothing to start from.
-                warm_start_key=None if transposed else point.stage.name,
+                warm_start_key=_warm_start_key(point.stage),
             )
             adjoint = scale(system.all_parameters(method.solve_and_settle(point.stage, system)), 1 / factor)
         ctx.method, ctx.point, ctx.transposed = method, point, transposed
@@ -179,6 +180,11 @@ class _Solve(torch.autograd.Function):
         left, right = (mu, adjoint) if ctx.transposed else (adjoint, mu)
         changes = evaluate_isolated(_bilinear_gradient, point, *solution, *inputs, *left, *right)
         return None, None, None, *(t.neg() if t.is_floating_point() else t for t in changes), *mu
+
+
+def _warm_start_key(stage: StageFunction) -> str | None:
+    """Return where the solution that a solve starts from is kept, and its own is to be; nowhere for later solves."""
+    return stage.name if stage.first_solve() else None
 
 
 def _normalising_factor(cotangents: Sequence[Tensor]) -> float:

@@ -17,10 +17,11 @@ from mlo.vectors import add, norm, scale, subtract, zeros_like
 class SOBA(ImplicitMethod):
     """λ ← λ + S (c − H λ), `steps` times, from the λ of the outer step before.
 
-    S = `scale`·I. The three variables of a bilevel problem move together: θ by the stage's optimizer, λ by this, x
-    by the upper one's. At fixed θ and c the iterates converge to H⁻¹c where every eigenvalue of H is in
-    (0, 2/scale), by a factor of max |1 − scale·eigenvalue| per step; in training they follow it as long as θ and x move
-    slowly. With `steps` > 1 it is the inner loop of AmIGO.
+    S = `scale`·I. The three variables of a bilevel problem move together: θ by the stage's optimizer, λ by this, x by
+    the upper one's. At fixed θ and c the iterates converge to H⁻¹c where every eigenvalue of H is in (0, 2/scale), by a
+    factor of max |1 − scale·eigenvalue| per step; in training they follow it as long as θ and x move slowly. With
+    `steps` > 1 it is the inner loop of AmIGO. In a nested graph λ is kept for the gradient itself; solves that products
+    of a stage above ask for begin from 0. With four levels or more one gradient moves λ more than once.
 
     Args:
         steps: how many steps per outer step, at least 1.
@@ -32,7 +33,8 @@ class SOBA(ImplicitMethod):
     Raises:
         ConfigurationError: an option is out of range.
 
-    Cost: one Hessian–vector product per step and one mixed product; one vector that is kept.
+    Cost: one Hessian–vector product per step and one mixed product. Memory: the graph of the gradient and three vectors
+    of the stage's size, one of them kept.
 
     Source: Dagréou, Ablin, Vaiter and Moreau, "A framework for bilevel optimization that enables stochastic and global
     variance reduction algorithms" (SOBA), NeurIPS 2022; Arbel and Mairal, "Amortized implicit differentiation for

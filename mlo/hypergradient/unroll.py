@@ -32,9 +32,11 @@ class Unroll(HypergradientMethod):
 
         c_g = (∂u/∂g)ᵀ c,    x̄ ← x̄ + (∂²L/∂θ∂x)ᵀ c_g,    c ← (∂u/∂θ)ᵀ c + (∂²L/∂θ²)ᵀ c_g,
 
-    and likewise for the state. It is the exact derivative of the steps that were taken, whether the stage is solved
-    or not; what θ was before them counts as a constant, unless the stage starts over from a problem that it depends
-    on (`start_from=` of `mlo.Problem`, as in MAML): then the rest of c goes to that problem.
+    and likewise for the state. It is the exact derivative of the steps that were taken, whether the stage is solved or
+    not, and converges to that of the solution with T where the steps converge to it (for plain SGD with a rate η where
+    every eigenvalue of H is in (0, 2/η), by a factor of max |1 − η·eigenvalue| per step); what θ was before them counts
+    as a constant, unless the stage starts over from a problem that it depends on (`start_from=` of `mlo.Problem`, as in
+    MAML): then the rest of c goes to that problem.
 
     `Unroll(steps=1, product=mlo.CentralDifferences(epsilon=0.01))` at a stage with plain SGD is the second-order
     formula of the DARTS paper.
@@ -58,6 +60,23 @@ class Unroll(HypergradientMethod):
     Source: Maclaurin, Duvenaud and Adams, "Gradient-based hyperparameter optimization through reversible learning",
     ICML 2015; Finn, Abbeel and Levine (MAML), ICML 2017; Shaban et al., "Truncated back-propagation for bilevel
     optimization", AISTATS 2019; Griewank, "Achieving logarithmic growth of temporal and spatial complexity", 1992.
+
+    >>> import mlo, torch
+    >>> class Stage(mlo.Problem):
+    ...     def training_step(self, batch):               # w*(x) = x / 2 and H = 2
+    ...         w, x = self.params["w"], self.deps.upper.params["x"]
+    ...         return (w**2 - w * x).sum()
+    >>> class Upper(mlo.Problem):
+    ...     def training_step(self, batch):
+    ...         return self.deps.stage.params["w"].sum()
+    >>> low, top = (torch.nn.ParameterDict({name: torch.ones(1)}) for name in "wx")
+    >>> sgd = torch.optim.SGD(low.parameters(), lr=0.25)
+    >>> stage = Stage("stage", low, optimizer=sgd, depends_on=["upper"], steps=3, hypergradient=mlo.Unroll())
+    >>> engine = mlo.Engine([stage, Upper("upper", top, depends_on=["stage"])])
+    >>> engine.step()["stage"].steps
+    3
+    >>> engine.hypergradient("upper")["x"].item()         # (1 + 1/2 + 1/4) / 4
+    0.4375
 
     """
 
@@ -115,6 +134,7 @@ class Unroll(HypergradientMethod):
                 iterations=recording.length,
                 relative_residual=None,
                 products=sweep.products,
+                gradient_norm=sweep.gradient_norm,
             ),
         )
         return first_order_only(self, stage, result, (*cotangents, *solution, *inputs))
@@ -137,6 +157,8 @@ class _Sweep:
         self._position = recording.length
         self._collected: list[Tensor | None] = [None] * len(recording.inputs)
         self.products = 0
+        #: of the stage where the last step began
+        self.gradient_norm: float | None = None
 
     def back_to(self, first: int) -> None:
         """Go back to the step before which parameters and state were kept."""
@@ -171,17 +193,22 @@ class _Sweep:
         at_step = self._stage.at_step(step)
         with self._product.linearised(at_step, theta, self._recording.inputs, self._needed) as linearisation:
             values = [None if g is None else g.detach() for g in linearisation.gradient]
+            if self.gradient_norm is None:
+                self.gradient_norm = norm([g for g in self._stage.stationarity(values, theta) if g is not None])
             through_theta, through_gradient, through_state = self._through_update(step, theta, values, state)
             vector = linearisation.taking_part(through_gradient)
             if earlier:
                 self.products += 1
-                curved = iter(linearisation.product(vector))
+                curved, mixed = linearisation.both_products(vector)
+                along = iter(curved)
                 through_theta = tuple(
-                    t if g is None else t + next(curved) for t, g in zip(through_theta, values, strict=True)
+                    t if g is None else t + next(along) for t, g in zip(through_theta, values, strict=True)
                 )
-            for i, mixed in enumerate(linearisation.mixed_product(vector)):
-                if mixed is not None:
-                    self._collect(i, mixed)
+            else:
+                mixed = linearisation.mixed_product(vector)
+            for i, share in enumerate(mixed):
+                if share is not None:
+                    self._collect(i, share)
         self._cotangent, self._state_cotangent = through_theta, through_state
 
     def _through_update(

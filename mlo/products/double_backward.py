@@ -29,6 +29,16 @@ class DoubleBackward(Product):
     which nested graphs need.
 
     Source: Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6, 1994.
+
+    >>> import mlo, torch
+    >>> x = torch.tensor(0.75, dtype=torch.float64, requires_grad=True)   # w*(x) = asinh x
+    >>> method = mlo.ConjugateGradient(product=mlo.DoubleBackward())
+    >>> w = mlo.best_response(lambda w, x: torch.cosh(w) - w * x, torch.asinh(x.detach()), x, method)
+    >>> (first,) = torch.autograd.grad(w, x, create_graph=True)
+    >>> (second,) = torch.autograd.grad(first, x)
+    >>> round(first.item(), 6), round(second.item(), 6)   # 1 / √(1 + x²) and −x / (1 + x²)^1.5
+    (0.8, -0.384)
+
     """
 
     differentiable: ClassVar[bool] = True
@@ -48,10 +58,20 @@ class _RetainedGraph(Linearisation):
         self.gradient = stage.gradient(evaluate(), theta)
         self._theta, self._x = self.taking_part(theta), x
         self._g = self.taking_part(self.gradient)
+        self._constant = not all(t.requires_grad for t in self._g)
         self._probe: tuple[Vector, Vector] | None = None
 
     def product(self, vector: Sequence[Tensor]) -> Vector:
-        return filled(gradients(self._g, self._theta, tuple(vector), retain_graph=True), self._theta)
+        if self._constant:
+            return filled(gradients(self._g, self._theta, tuple(vector), retain_graph=True), self._theta)
+        # As `gradients`, without its search for holes, which would be made anew for every product.
+        found = torch.autograd.grad(self._g, self._theta, tuple(vector), retain_graph=True, allow_unused=True)
+        return tuple(
+            [
+                torch.zeros_like(theta) if t is None else t.to_dense() if t.is_sparse else t
+                for t, theta in zip(found, self._theta, strict=True)
+            ]
+        )
 
     def transposed_product(self, vector: Sequence[Tensor]) -> Vector:
         if self._probe is None:
@@ -65,3 +85,7 @@ class _RetainedGraph(Linearisation):
 
     def mixed_product(self, vector: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         return gradients(self._g, self._x, tuple(vector))
+
+    def both_products(self, vector: Sequence[Tensor]) -> tuple[Vector, tuple[Tensor | None, ...]]:
+        found = gradients(self._g, (*self._theta, *self._x), tuple(vector))
+        return filled(found[: len(self._theta)], self._theta), found[len(self._theta) :]

@@ -30,6 +30,14 @@ class ForwardOverReverse(Product):
     Needs forward-mode derivatives of every operation in the loss and in its gradient; has no derivative of its own.
 
     Source: Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6, 1994.
+
+    >>> import mlo, torch
+    >>> x = torch.tensor(3.0, requires_grad=True)         # w*(x) = x / 2
+    >>> method = mlo.ConjugateGradient(product=mlo.ForwardOverReverse())
+    >>> w = mlo.best_response(lambda w, x: w**2 - w * x, torch.tensor(1.5), x, method)
+    >>> torch.autograd.grad(w, x)[0].item()
+    0.5
+
     """
 
     @contextmanager

@@ -185,7 +185,7 @@ def check_hypergradient(
     ('w2',)
 
     """
-    _check_arguments(engine, name, directions, step, rtol, atol)
+    _check_arguments(engine, name, directions, step, rtol, atol, seed)
     generator = torch.Generator().manual_seed(seed)
     with opened(engine, name) as hierarchy, warnings.catch_warnings():
         warnings.simplefilter("ignore", BreakdownWarning)  # the report tells it
@@ -297,7 +297,7 @@ class _Check:
 
 
 def _check_arguments(
-    engine: object, name: object, directions: object, step: object, rtol: object, atol: object
+    engine: object, name: object, directions: object, step: object, rtol: object, atol: object, seed: object
 ) -> None:
     if not isinstance(engine, Engine):
         raise ConfigurationError(f"check_hypergradient(engine={engine!r}): expected an mlo.Engine.")
@@ -308,11 +308,13 @@ def _check_arguments(
         )
     if not is_count(directions):
         raise ConfigurationError(f"check_hypergradient(directions={directions!r}): expected an integer of at least 1.")
-    for option, value, optional in (("step", step, True), ("rtol", rtol, False), ("atol", atol, False)):
-        least_open = option != "atol"
-        valid = is_number(value) and (value > 0 if least_open else value >= 0)  # type: ignore[operator]
-        if not (valid or (optional and value is None)):
-            kind = "positive number" if least_open else "number of at least 0"
+    if not (isinstance(seed, int) and not isinstance(seed, bool)):
+        raise ConfigurationError(f"check_hypergradient(seed={seed!r}): expected an integer.")
+    for option, value in (("step", step), ("rtol", rtol), ("atol", atol)):
+        if option == "step" and value is None:
+            continue
+        if not is_number(value) or value < 0 or (value == 0 and option != "atol"):  # type: ignore[operator]
+            kind = "number of at least 0" if option == "atol" else "positive number"
             raise ConfigurationError(f"check_hypergradient({option}={value!r}): expected a {kind}.")
 
 

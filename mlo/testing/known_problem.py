@@ -12,7 +12,15 @@ from torch import Tensor
 from mlo.engine import Engine
 from mlo.hypergradient import HypergradientMethod
 from mlo.testing.level import LEARNING_RATE, MIXED, WHOLE, Layout, Level, Numbers, engine_of
-from mlo.testing.reference import Inverse, Linearised, condition, linearised, solved_in_order, solved_nested
+from mlo.testing.reference import (
+    Inverse,
+    Linearised,
+    condition,
+    linearised,
+    nested_sweep,
+    solved_in_order,
+    solved_nested,
+)
 
 
 @dataclass(frozen=True)
@@ -90,11 +98,12 @@ class KnownProblem:
     def with_inverse(self, inverse: Inverse) -> dict[str, Tensor]:
         """Return what a method gives that puts `inverse(J)` in the place of each stage's J⁻¹.
 
-        The exact formula of a truncated method: `lambda h: scale * torch.eye(len(h))` for `Identity(scale)`. For graphs
-        without nesting only.
+        The exact formula of a truncated method: `lambda h: scale * torch.eye(len(h))` for `Identity(scale)`. In nested
+        graphs it holds for subclasses of `mlo.ImplicitMethod`, which all take the derivative of λ = J⁻ᵀ c for
+        λ′ = inverse(J)ᵀ (c′ − J′ᵀ λ); `inverse(Jᵀ)` must be `inverse(J)ᵀ` there.
         """
         if "nested" in self.tags:
-            raise ValueError(f"{self.name} is nested: a truncated method has no exact formula there.")
+            return self._arranged(nested_sweep(self.levels, inverse))
         return self._arranged(self._linearised.reverse_sweep(inverse))
 
     @cached_property

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from mlo.errors import BreakdownError, ConfigurationError, LossError
-from mlo.hypergradient import HypergradientMethod
+from mlo.hypergradient import HypergradientMethod, ImplicitMethod
 from mlo.options import is_number
 from mlo.products import CentralDifferences, ForwardOverReverse
 from mlo.random_state import preserved
@@ -31,7 +31,7 @@ _WEAK = 0.5
 _NOTE = 60
 
 #: What rounding alone may do to a hypergradient at a condition number of 0.1.
-ROUNDING = {torch.float64: 2e-13, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ROUNDING = {torch.float64: 2e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # Each nested level multiplies the products of a hypergradient; from three levels with more than this four take minutes.
 _TOO_MANY = 1000
 
@@ -116,12 +116,12 @@ def check_method(
 
         10 · κ · max(r, ρ),        κ the condition numbers of the stages added, r the largest residual reported,
 
-    with ρ = 2e-13 in float64, 1e-4 in float32, 1e-3 in float16 and 8e-3 in bfloat16 (for products by central
-    differences √u with u the rounding unit), or up to `rtol`. For a method with a positive `damping`, the exact answer
-    is that of H + damping·I. A result that does not claim to have converged is recorded with its error and is not
-    wrong, unless `formula` says what it must be. Nor is a claim outside of what the method states to be good for (it,
-    or its products, assume a symmetric H), or one that leaves room for more than 50 %. A graph that refuses the
-    method is recorded with the reason.
+    with ρ = 2e-13 in float64, 2e-6 in float32, 1e-3 in float16 and 8e-3 in bfloat16 (for products by central
+    differences min(10·u^⅔, √u), with u the rounding unit, and at least epsilon²), or up to `rtol`. For a method with a
+    positive `damping`, the exact answer is that of H + damping·I. A result that does not claim to have converged is
+    recorded with its error and is not wrong, unless `formula` says what it must be. Nor is a claim outside of what the
+    method states to be good for (it, or its products, assume a symmetric H), or one that leaves room for more than
+    50 %. A graph that refuses the method is recorded with the reason.
 
     **Laws**, kept by converged and truncated methods alike, up to 10 √u but at most 30 % (or what the residuals
     reported leave room for): the same answer twice; nothing is changed, neither by `engine.hypergradient` nor in a
@@ -132,15 +132,18 @@ def check_method(
     the true one; singular and non-finite systems are never reported as solved; a warm start changes nothing of what a
     solve converges to.
 
-    A method that differentiates through optimizer steps is run after a few steps at the solution. Four nested levels
-    are left out by default for a method that needs more than a thousand products for three.
+    Every stage has SGD with the learning rate 0.1 (`KnownProblem.learning_rate`), which some methods take for their
+    scale. A method that differentiates through optimizer steps is run after three of them at the solution. Four nested
+    levels are left out by default for a method that needs more than a thousand products for three.
 
     Args:
         method: an instance of `mlo.HypergradientMethod`.
         problems: which problems; `None` for all of `mlo.testing.zoo`.
         formula: from a stage's Jacobian H to the matrix that the method puts in the place of H⁻¹, for a truncated
-            method: `lambda h: 0.3 * torch.eye(len(h))` for `Identity(0.3)`. Compared on all graphs without nesting, up
-            to 10 · κ · ρ or the tolerance of the laws, whichever is larger.
+            method: `lambda h: 0.3 * torch.eye(len(h))` for `Identity(0.3)`. Compared on all graphs without nesting, and
+            for subclasses of `mlo.ImplicitMethod` on nested ones (but for four levels with a solution that is kept), up
+            to 10 · κ · ρ with the condition number κ of that matrix in the place of the stages' own; for a method
+            that is no `ImplicitMethod`, at least up to the tolerance of the laws.
         rtol: the largest relative error that is right, instead of the above.
         dtype: the precision of all parameters: float64, float32, float16 or bfloat16.
         without: laws to leave out, by the names in the report. A method that draws a sketch of the parameters
@@ -163,7 +166,7 @@ def check_method(
 
     """
     left_out = frozenset([without] if isinstance(without, str) else without)
-    given = _checked_arguments(method, problems, rtol, dtype, left_out)
+    given = _checked_arguments(method, problems, formula, rtol, dtype, left_out)
     results, laws = [], []
     with preserved():
         for result in _on_problems(method, given, formula, rtol, dtype, spare=problems is None):
@@ -238,14 +241,20 @@ def _judged(
     dtype: torch.dtype,
 ) -> ProblemResult:
     """Compare a hypergradient with the exact one, or with the method's own formula."""
-    by_formula = formula is not None and "nested" not in problem.tags
-    error = _relative_error(found, _expected(method, problem, formula))
+    by_formula = formula is not None and _has_formula(method, problem)
+    expected, magnification = _expected(method, problem, formula if by_formula else None)
+    error = _relative_error(found, expected)
     statuses = ", ".join(s.name for s in watch.statuses) or "reports no solve"
     if watch.broken is not None:
         return ProblemResult(problem.name, "broke down", error, note=statuses)
     if not by_formula and not watch.converged:
         return ProblemResult(problem.name, "not exact" if watch.reports else "no claim", error, note=statuses)
-    tolerance = _tolerance(method, problem, watch, dtype, by_formula=by_formula) if rtol is None else rtol
+    tolerance = rtol
+    if tolerance is None:
+        claimed = 0.0 if by_formula else watch.worst_residual
+        tolerance = 10 * magnification * max(_rounding(method, dtype), claimed)
+        if by_formula and not isinstance(method, ImplicitMethod):
+            tolerance = max(tolerance, same_answer(dtype))
     excuse = _excuse(method, problem, error, tolerance)
     if excuse:
         return ProblemResult(problem.name, "not compared", error, note=f"{statuses}, {excuse}")
@@ -253,33 +262,58 @@ def _judged(
     return ProblemResult(problem.name, right if error <= tolerance else "WRONG", error, tolerance, statuses)
 
 
-def _expected(method: HypergradientMethod, problem: KnownProblem, formula: Inverse | None) -> dict[str, torch.Tensor]:
-    """Return what a method that says that it converged must give, or what its formula gives."""
+def _has_formula(method: HypergradientMethod, problem: KnownProblem) -> bool:
+    """Whether a method's formula for the inverse says what it gives on a problem.
+
+    In nested graphs it does for methods whose derivative is that of a solve, or nothing. Where four levels are nested,
+    one gradient asks for several solves of one stage, between which a solution that is kept moves on.
+    """
+    if "nested" not in problem.tags or not method.carries_gradient:
+        return True
+    return isinstance(method, ImplicitMethod) and not (method.keeps_solutions and "deep" in problem.tags)
+
+
+def _expected(
+    method: HypergradientMethod, problem: KnownProblem, formula: Inverse | None
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Return what a method must give, and how much it magnifies relative errors at most.
+
+    It is what its formula says, if there is one, and else what a method that says that it converged must give.
+    """
     damping = damping_of(method)
-    if "nested" in problem.tags or (formula is None and damping <= 0):
-        return problem.exact
-    if formula is not None:
-        return problem.with_inverse(formula)
-    return problem.with_inverse(lambda h: torch.linalg.inv(h + damping * torch.eye(len(h), dtype=h.dtype)))
+    if formula is None and damping > 0:
+        return problem.with_inverse(lambda h: _damped_inverse(h, damping)), problem.condition
+    if formula is None:
+        return problem.exact, problem.condition
+    conditions = [1.0]
+
+    def measured(h: torch.Tensor) -> torch.Tensor:
+        matrix = formula(h)
+        conditions.append(float(torch.linalg.cond(matrix)) if matrix.any() else 1.0)
+        return matrix
+
+    return problem.with_inverse(measured), max(conditions) * len(problem.stages)
 
 
-def _tolerance(
-    method: HypergradientMethod, problem: KnownProblem, watch: Watch, dtype: torch.dtype, *, by_formula: bool
-) -> float:
-    differences = isinstance(getattr(method, "product", None), CentralDifferences)
-    floor = math.sqrt(torch.finfo(dtype).eps) if differences else ROUNDING[dtype]
-    tolerance = 10 * problem.condition * floor
-    if by_formula:
-        return max(tolerance, same_answer(dtype))
-    return max(tolerance, 10 * problem.condition * watch.worst_residual)
+def _damped_inverse(h: torch.Tensor, damping: float) -> torch.Tensor:
+    inverse: torch.Tensor = torch.linalg.inv(h + damping * torch.eye(len(h), dtype=h.dtype))
+    return inverse
+
+
+def _rounding(method: HypergradientMethod, dtype: torch.dtype) -> float:
+    """Return what rounding may do to a method's products."""
+    product = getattr(method, "product", None)
+    if not isinstance(product, CentralDifferences):
+        return ROUNDING[dtype]
+    unit = float(torch.finfo(dtype).eps)
+    # Differences are right to about u^⅔ by the default shift, and to its square by a larger one.
+    return max(min(10 * math.pow(unit, 2 / 3), math.sqrt(unit)), ROUNDING[dtype], (product.epsilon or 0.0) ** 2)
 
 
 def _excuse(method: HypergradientMethod, problem: KnownProblem, error: float, tolerance: float) -> str:
     """Return why a result is neither right nor wrong, or nothing."""
     if tolerance > _WEAK:
         return f"which leaves room for errors up to {tolerance:.0e}"
-    if error > tolerance and "nested" in problem.tags and damping_of(method) > 0:
-        return "for H + damping·I"
     if error > tolerance and "symmetric" not in problem.tags and _assumes_symmetric(method):
         return "but assumes a symmetric Hessian"
     return ""
@@ -299,6 +333,7 @@ def _relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Te
 def _checked_arguments(
     method: object,
     problems: Iterable[KnownProblem] | None,
+    formula: object,
     rtol: object,
     dtype: object,
     without: Iterable[str],
@@ -310,6 +345,8 @@ def _checked_arguments(
     for p in given:
         if not isinstance(p, KnownProblem):
             raise ConfigurationError(f"check_method(problems=…): expected instances of KnownProblem; got {p!r}.")
+    if formula is not None and not callable(formula):
+        raise ConfigurationError(f"check_method(formula={formula!r}): expected a function from a matrix to a matrix.")
     if rtol is not None and not (is_number(rtol) and rtol > 0):  # type: ignore[operator]
         raise ConfigurationError(f"check_method(rtol={rtol!r}): expected a positive number or None.")
     if dtype not in ROUNDING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,6 +103,79 @@ def solved_nested(levels: Sequence[Level]) -> tuple[list[Level], Tensor, float]:
     return solved, gradient, sum(_condition(resolver.jacobian(level.name, values)) for level in levels[:-1])
 
 
+def nested_sweep(levels: Sequence[Level], inverse: Inverse) -> Tensor:
+    """Return the hypergradient of the last level where `inverse` gives what stands in the place of each stage's J⁻¹.
+
+    For levels at their solutions that all read each other. The response of a stage is a function whose cotangents are
+    −Gᵀ λ with λ = inverse(J)ᵀ c, for J and G of the stage's *reduced* loss; and the derivative of λ, which J of a stage
+    above needs, is λ′ = inverse(J)ᵀ (c′ − J′ᵀ λ): that of a solve, whatever stands in the place of J⁻¹.
+    """
+    hierarchy, top = _Nested(levels), levels[-1].name
+    values = {level.name: level.start for level in levels}
+    own = values[top].clone().requires_grad_()
+    with torch.enable_grad():
+        return _reduced_gradient(hierarchy, inverse, top, {top: own}, values).detach()
+
+
+def _reduced_gradient(
+    hierarchy: _Nested, inverse: Inverse, name: str, given: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> Tensor:
+    """Return the gradient of a level's reduced loss at `values`, a differentiable function of the `given` ones."""
+    at = dict(given)
+    for d in hierarchy.inner(name):
+        at[d] = _Response.apply((hierarchy, inverse, d, tuple(at), values), values[d], *at.values())  # type: ignore[no-untyped-call]
+    loss = hierarchy.tensor_loss(name, at)
+    (total,) = torch.autograd.grad(loss, [at[name]], create_graph=True)
+    own: Tensor = total
+    return hierarchy.stationarity(name, own, at[name])
+
+
+class _Response(torch.autograd.Function):
+    """A stage's solution as a function of everything above it."""
+
+    @staticmethod
+    def forward(ctx: Any, stage: tuple[Any, ...], theta: Tensor, *above: Tensor) -> Tensor:
+        ctx.stage = stage
+        theta = theta.clone()
+        ctx.save_for_backward(theta, *above)
+        return theta
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        hierarchy, inverse, name, names, values = ctx.stage
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases, so that a derivative is taken in this argument only.
+            theta, *above = (
+                t.view_as(t) if differentiable and t.requires_grad else t.detach().requires_grad_()
+                for t in ctx.saved_tensors
+            )
+            g = _reduced_gradient(
+                hierarchy, inverse, name, {**dict(zip(names, above, strict=True)), name: theta}, values
+            )
+            rows = [torch.autograd.grad(entry, theta, create_graph=True)[0] for entry in g]
+            adjoint = _Solve.apply(inverse, torch.stack(rows), cotangent)  # type: ignore[no-untyped-call]
+            found = torch.autograd.grad(g, above, adjoint, create_graph=differentiable)
+        return None, None, *(t.neg() for t in found)
+
+
+class _Solve(torch.autograd.Function):
+    """(J, c) ↦ J⁻ᵀ c with the derivative of a solve, where something else may stand in the place of J⁻¹."""
+
+    @staticmethod
+    def forward(ctx: Any, inverse: Inverse, jacobian: Tensor, c: Tensor) -> Tensor:
+        adjoint = inverse(jacobian).T @ c
+        ctx.inverse = inverse
+        ctx.save_for_backward(jacobian, adjoint)
+        return adjoint
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor, Tensor]:
+        jacobian, adjoint = ctx.saved_tensors
+        mu = _Solve.apply(ctx.inverse, jacobian.T, cotangent)  # type: ignore[no-untyped-call]
+        return None, -torch.outer(adjoint, mu), mu
+
+
 @dataclass(frozen=True)
 class Eliminated:
     """Nested quadratic levels solved from below.
@@ -172,7 +246,7 @@ class _Nested(Hierarchy):
         return self._names[: self._names.index(name)][::-1]
 
     def loss(self, name: str, values: Values) -> float:
-        return self._loss(name, values).item()
+        return self.tensor_loss(name, values).item()
 
     def partials(self, name: str, values: Values) -> dict[str, Tensor]:
         differentiable = torch.is_grad_enabled()
@@ -180,7 +254,7 @@ class _Nested(Hierarchy):
         with torch.enable_grad():
             # Aliases, so that a derivative is taken in this argument only, whatever else depends on it.
             at = {n: v.view_as(v) if v.requires_grad else v.detach().requires_grad_() for n, v in values.items()}
-            loss = self._loss(name, at)
+            loss = self.tensor_loss(name, at)
             found = torch.autograd.grad(loss, [at[q] for q in owners], create_graph=differentiable, allow_unused=True)
         return {q: torch.zeros_like(at[q]) if g is None else g for q, g in zip(owners, found, strict=True)}
 
@@ -194,6 +268,7 @@ class _Nested(Hierarchy):
     def takes_part(self, name: str) -> Tensor:
         return torch.ones_like(self._levels[name].start, dtype=torch.bool)
 
-    def _loss(self, name: str, values: Values) -> Tensor:
+    def tensor_loss(self, name: str, values: Values) -> Tensor:
+        """Return the loss as a differentiable function of `values`."""
         level = self._levels[name]
         return level.loss(values[name], {d: values[d] for d in level.reads}, level.constants)

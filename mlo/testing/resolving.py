@@ -164,6 +164,11 @@ class Resolver:
 
 def solvers_for(names: Iterable[str], solver: Solver | Mapping[str, Solver], default: Solver) -> dict[str, Solver]:
     """Return one solver for each stage."""
+    if not isinstance(solver, Solver | Mapping):
+        raise ConfigurationError(
+            f"solve={solver!r}: expected a solver such as mlo.testing.Newton(), or a mapping from names of stages to "
+            "solvers."
+        )
     given = {} if isinstance(solver, Solver) else dict(solver)
     names = tuple(names)
     for name, each in given.items():

@@ -236,12 +236,19 @@ def indefinite() -> KnownProblem:
 
 
 def _game(own: Tensor, others: Vectors, c: Vectors) -> Tensor:
-    """A loss whose gradient in θ is Aθ + sin θ + Rθ − (b + Σ B_d θ_d), with R skew-symmetric."""
-    return with_gradient(own, c["A"] @ own + torch.sin(own) + c["R"] @ own) - own @ _pull(others, c)
+    """A loss whose gradient in θ is Aθ + sin θ + R(θ + θ²/4) − (b + Σ B_d θ_d), with R skew-symmetric.
+
+    Neither its Jacobian nor the derivative of that is symmetric.
+    """
+    return with_gradient(own, _game_field(own, c)) - own @ _pull(others, c)
 
 
 def _game_gradient(own: Tensor, others: Vectors, c: Vectors) -> Tensor:
-    return c["A"] @ own + torch.sin(own) + c["R"] @ own - _pull(others, c)
+    return _game_field(own, c) - _pull(others, c)
+
+
+def _game_field(own: Tensor, c: Vectors) -> Tensor:
+    return c["A"] @ own + torch.sin(own) + c["R"] @ (own + own.square() / 4)
 
 
 def _game_level(r: _Random, name: str, reads: Mapping[str, int], size: int) -> Level:
@@ -367,20 +374,26 @@ def _depth_tag(depth: int) -> tuple[str, ...]:
 
 
 @cache
-def nested_non_symmetric() -> KnownProblem:
-    """Three levels of which the lowest is a game: second derivatives need the transposed operator."""
+def nested_non_symmetric(depth: int = 3) -> KnownProblem:
+    """`depth` levels of which the lowest is a game: second derivatives need the transposed operator.
+
+    With four levels a derivative of the transposed solve is taken, too.
+    """
+    _check_length("nested_non_symmetric", depth, 3)
     r, n = _Random(15), _NESTED_SIZE
-    names = ["t3", "t2", "t1"]
-    low = _game_level(r, "t3", {"t2": n, "t1": n}, n)
-    mid = _stage(r, "t2", {"t3": n, "t1": n}, size=n, loss=_nested_curved("t2", names))
-    top = _top(r, {"t3": n, "t2": n}, size=n, name="t1")
-    return known_nested("nested_non_symmetric", [low, mid, top], "non_quadratic", "definite")
+    names = [f"t{i}" for i in range(depth, 0, -1)]
+    others = {name: {d: n for d in names if d != name} for name in names}
+    low = _game_level(r, names[0], others[names[0]], n)
+    middle = [_stage(r, name, others[name], size=n, loss=_nested_curved(name, names)) for name in names[1:-1]]
+    levels = [low, *middle, _top(r, others["t1"], size=n, name="t1")]
+    title = "nested_non_symmetric" if depth == 3 else f"nested_non_symmetric({depth})"
+    return known_nested(title, levels, "non_quadratic", "definite", *_depth_tag(depth))
 
 
 def all_problems() -> tuple[KnownProblem, ...]:
     """Return every problem of the zoo, the larger families by some of their members.
 
-    Cost: about a second at the first call.
+    Cost: a few seconds at the first call.
     """
     return (
         ridge(),
