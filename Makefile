@@ -4,27 +4,37 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TOOLS := $(VENV)/.tools
 
 .PHONY: demo test format clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.nas_interleaving run
 
-test: $(READY)
+test: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-format: $(READY)
+format: $(TOOLS)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # torch comes first and by its exact version, so that no other package chooses one.
 $(READY): constraints.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[dev]"
+	$(PIP) torch
+	$(PIP) --editable ".[example]"
+	touch $@
+
+# The other libraries that tests and benchmark compare with. Betty asks for an older Python and BOAT for an older NumPy
+# than they need.
+$(TOOLS): $(READY)
+	$(PIP) --editable ".[dev,peers]"
+	$(PIP) --no-deps --ignore-requires-python betty-ml boat-torch
 	touch $@
 
 clean:

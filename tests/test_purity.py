@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import mlo
+from mlo import random_state
 
 BATCHES = 5
 
@@ -239,3 +240,32 @@ def test_the_function_of_a_solve_is_that_of_the_last_step():
     torch.manual_seed(99)
     torch.rand(5)
     assert_same(first, engine.hypergradient("weights"))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_words_of_python_s_generator_are_its_state(known, monkeypatch):
+    """What is read from where they lie can be put back: the same numbers follow, a kept normal one too."""
+    if known:
+        assert random_state._PLACE is not None
+    else:
+        monkeypatch.setattr(random_state, "_PLACE", None)
+    HostState = random_state.HostState
+
+    random.seed(3)
+    np.random.seed(3)
+    random.gauss(0.0, 1.0)
+    np.random.randn(3)  # each of the two keeps a second normal number now
+
+    def drawn():
+        return [random.gauss(0.0, 1.0), random.random(), np.random.randn(), np.random.rand()]
+
+    before = HostState.capture()
+    numbers = drawn()
+    assert before != HostState.capture()
+    before.restore()
+    assert before == HostState.capture()
+    assert drawn() == numbers
+    light = HostState.capture(whole=False)
+    numbers = [random.random(), np.random.rand()]
+    light.restore()
+    assert [random.random(), np.random.rand()] == numbers

@@ -129,8 +129,8 @@ def both_sides(
     shifted = add(solution, direction, shift)
     ahead = loss_gradients(stage, leaves(shifted) if want_theta else shifted, x)
     # The second side takes the place of the first: allocating memory anew takes several times as long as filling it.
-    torch._foreach_copy_(shifted, tuple(solution))
-    torch._foreach_add_(shifted, tuple(direction), alpha=-shift)
+    for place, theta, d in zip(shifted, solution, direction, strict=True):
+        torch.add(theta.detach(), d, alpha=-shift, out=place)
     behind = loss_gradients(stage, leaves(shifted) if want_theta else shifted, x)
     if abs(ahead.loss - behind.loss) > _SUSPICIOUS * max(abs(ahead.loss), abs(behind.loss)):
         _check_repeatable(stage, ahead.loss, add(solution, direction, shift), x)

@@ -149,8 +149,9 @@ def warn_of_asymmetry(
         return
     warnings.warn(
         f"stage {stage.name!r}: the derivatives of {stage.title} in θ and x depend on their order ({expected:.2g} and "
-        f"{slope:.2g} along one direction), as with a stop-gradient inside (detach(), .data, torch.no_grad()). "
-        "Directional derivatives of gradients, and FiniteDifference with them, are then wrong. Use a method with "
+        f"{slope:.2g} along one direction), as with a stop-gradient inside (detach(), .data, torch.no_grad()), or with "
+        "many kinks at the very weights (max pooling over equal values, ReLU at 0). Directional derivatives of "
+        "gradients, and FiniteDifference with them, are then wrong. Use a method with "
         "product=mlo.DoubleBackward(), e.g. mlo.Identity(scale=None) in the place of mlo.FiniteDifference().",
         MloWarning,
         stacklevel=2,
