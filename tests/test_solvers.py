@@ -796,6 +796,32 @@ def test_warm_starts_save_products_over_steps_of_the_engine(method):
     assert all(w < c for w, c in zip(products[True][1:], products[False][1:], strict=True))
 
 
+def test_neumann_with_a_learning_rate_for_each_group():
+    """λ = S Σ (I − HS)ᵏ c with S the diagonal of the learning rates of two parameter groups."""
+    hessian, mixed, target = zoo.spd(5), torch.randn(5, 2), torch.randn(5)
+    rates = torch.tensor([0.05, 0.05, 0.05, 0.2, 0.2])
+
+    class Stage(mlo.Problem):
+        def training_step(self, batch):
+            w = torch.cat(list(self.params.values()))
+            return 0.5 * w @ hessian @ w - w @ mixed @ self.deps.top.params["x"]
+
+    class Top(mlo.Problem):
+        def training_step(self, batch):
+            return torch.cat(list(self.deps.w.params.values())) @ target
+
+    module = torch.nn.ParameterList([torch.zeros(3), torch.zeros(2)])
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(module, (0.05, 0.2), strict=True)]
+    stage = Stage(
+        "w", module, optimizer=torch.optim.SGD(groups), depends_on=["top"], hypergradient=Neumann(terms=4, rtol=0.0)
+    )
+    top = Top("top", torch.nn.ParameterDict({"x": torch.zeros(2)}), depends_on=["w"])
+    s = torch.diag(rates)
+    series = s @ sum(torch.linalg.matrix_power(torch.eye(5) - hessian @ s, k) for k in range(4))
+    found = mlo.Engine([stage, top]).hypergradient("top")["x"]
+    assert zoo.relative_error(found, mixed.T @ series @ target) < 1e-13
+
+
 # --- the preconditioner -----------------------------------------------------------------------------------------------
 
 
