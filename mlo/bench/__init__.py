@@ -1,0 +1,1 @@
+"""The benchmark of hypergradient approximations, beside other libraries: `python -m mlo.bench`."""

@@ -1,0 +1,128 @@
+"""`mlo` itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mlo
+from mlo.bench.libraries.base import Library, Training
+from mlo.bench.specification import NYSTROM_DAMPING, SHIFT, Method
+from mlo.bench.stage import Case, Gradient, Stage
+
+# An engine whose upper problem warms up for ever trains the stages alone.
+_FOR_EVER = 10**9
+
+
+class StageProblem(mlo.Problem):
+    """A stage as a problem of an engine: the problem and its dependencies are the views."""
+
+    def __init__(self, stage: Stage, module: nn.Module, **options: Any) -> None:
+        """Keep the stage's loss."""
+        super().__init__(stage.name, module, data=list(stage.batches), depends_on=stage.reads, **options)
+        self._loss, self._reads = stage.loss, stage.reads
+
+    def training_step(self, batch: Any) -> Tensor:
+        """Return the stage's loss."""
+        deps = self.deps
+        return self._loss(self, {name: deps[name] for name in self._reads}, batch)
+
+
+def optimizer_of(stage: Stage, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """Return the stage's optimizer."""
+    if stage.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=stage.learning_rate)
+    return torch.optim.SGD(parameters, lr=stage.learning_rate, momentum=stage.momentum)
+
+
+def method_of(method: Method, stage: Stage) -> mlo.HypergradientMethod:
+    """Return what `mlo` calls it."""
+    budget, scale = method.budget or 1, stage.factor
+    methods: dict[str, Callable[[], mlo.HypergradientMethod]] = {
+        "fd": lambda: mlo.FiniteDifference(scale=scale, epsilon=SHIFT),
+        "identity": lambda: mlo.Identity(scale=scale),
+        "neumann": lambda: mlo.Neumann(terms=budget, scale=scale, rtol=0),
+        "cg": lambda: mlo.ConjugateGradient(max_steps=budget, rtol=0),
+        "gmres": lambda: mlo.GMRES(max_steps=budget, rtol=0),
+        "minres": lambda: mlo.MINRES(max_steps=budget, rtol=0),
+        "nystrom": lambda: mlo.Nystrom(rank=budget, damping=NYSTROM_DAMPING / scale),
+        "unroll": lambda: mlo.Unroll(steps=budget, keep_every=1),
+        "dense": lambda: mlo.Dense(max_size=10_000),
+    }
+    return methods[method.kind]()
+
+
+class Ours(Library):
+    """`mlo.Engine`."""
+
+    name = "mlo"
+
+    def version(self) -> str:
+        """Return the version of `mlo`."""
+        return mlo.__version__
+
+    def refuses(self, case: Case, method: Method) -> str | None:
+        """Return what the graph's checks say."""
+        try:
+            self._engine(case, method, training=False)
+        except (mlo.GraphError, mlo.ConfigurationError) as error:
+            return str(error)
+        return None
+
+    def hypergradient(self, case: Case, method: Method) -> Callable[[], Gradient]:
+        """Return `engine.hypergradient` at the solutions."""
+        engine = self._engine(case, method, training=False)
+        upper = case.upper.name
+        if method.kind != "unroll":
+            return lambda: engine.hypergradient(upper)
+        beginning = {stage.name: _values(stage.beginning()) for stage in case.lower}
+
+        def unrolled() -> Gradient:
+            with torch.no_grad():
+                for name, values in beginning.items():
+                    for parameter, value in zip(engine.problems[name].module.parameters(), values, strict=True):
+                        parameter.copy_(value)
+            engine.step()
+            return engine.hypergradient(upper)
+
+        return unrolled
+
+    def training(self, case: Case, method: Method) -> Training:
+        """Return the engine's own loop."""
+        return _EngineTraining(self._engine(case, method, training=True), case)
+
+    @staticmethod
+    def _engine(case: Case, method: Method, *, training: bool) -> mlo.Engine:
+        problems = []
+        for stage in case.stages:
+            module = stage.beginning() if training else stage.module()
+            options: dict[str, Any] = {"steps": stage.steps if training else 1}
+            if training:
+                options["optimizer"] = optimizer_of(stage, module.parameters())
+            elif method.kind == "unroll" and stage is not case.upper:
+                options["optimizer"] = torch.optim.SGD(module.parameters(), lr=stage.factor)
+                options["steps"] = method.budget
+            if stage is not case.upper:
+                options["hypergradient"] = method_of(method, stage)
+            elif not training:
+                options["warmup"] = _FOR_EVER
+            problems.append(StageProblem(stage, module, **options))
+        return mlo.Engine(problems)
+
+
+class _EngineTraining(Training):
+    def __init__(self, engine: mlo.Engine, case: Case) -> None:
+        self.engine, self._case = engine, case
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def metric(self) -> float:
+        return self._case.metric({name: p.module for name, p in self.engine.problems.items()})
+
+
+def _values(module: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in module.parameters()]

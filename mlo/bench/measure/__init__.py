@@ -1,0 +1,1 @@
+"""What is measured: seconds, reverse passes, memory."""
