@@ -148,7 +148,8 @@ def _sweep(
                 cotangents[q] = arrived if before is None else list(map(_sum, before, arrived))
         for leaf, c in zip(own, cotangents.get(member.name) or [None] * len(own), strict=True):
             if c is not None:
-                leaf.grad = c if leaf.grad is None else leaf.grad.add_(c)
+                # A copy, since a method may hand out one tensor twice, or one whose entries share memory.
+                leaf.grad = c.clone() if leaf.grad is None else leaf.grad.add_(c)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

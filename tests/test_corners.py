@@ -624,3 +624,29 @@ def test_the_table_stays_narrow_when_a_problem_reads_many():
     table = str(mlo.Engine([*tasks, top]).graph)
     assert max(map(len, table.splitlines())) < 130
     assert all(f"{n} (response)" in table for n in names)
+
+
+def test_a_gradient_that_a_method_hands_out_twice_is_the_leaf_s_own():
+    """Two parameters of one shape, and a method that gives one expanded tensor for both: clipping scales each once."""
+
+    class Same(mlo.HypergradientMethod):
+        def pullback(self, stage, cotangents, solution, inputs, needed):
+            one = torch.ones((), dtype=torch.float64).expand(3)
+            return tuple(one if n else None for n in needed)
+
+    class Stage(mlo.Problem):
+        def training_step(self, batch):
+            pull = self.deps.top.params["a"] + self.deps.top.params["b"]
+            return (self.params["w"] - pull).square().sum()
+
+    class Top(mlo.Problem):
+        def training_step(self, batch):
+            return self.deps.low.params["w"].sum()
+
+    low, top = (nn.ParameterDict({n: torch.zeros(3, dtype=torch.float64) for n in names}) for names in ("w", "ab"))
+    sgd = torch.optim.SGD
+    stage = Stage("low", low, optimizer=sgd(low.parameters(), lr=0.1), depends_on=["top"], hypergradient=Same())
+    upper = Top("top", top, optimizer=sgd(top.parameters(), lr=1.0), depends_on=["low"], grad_clip=0.6**0.5)
+    mlo.Engine([stage, upper]).step()
+    for name in "ab":  # the norm of six ones is √6: each entry becomes √0.1
+        torch.testing.assert_close(top[name], torch.full((3,), -(0.1**0.5), dtype=torch.float64), rtol=1e-5, atol=0)
