@@ -137,7 +137,11 @@ def _engine(settings: Settings, steps: int, method: mlo.HypergradientMethod) -> 
     build: Callable[[], nn.Module] = vector_module(target=torch.ones(1, dtype=dtype, device=device))
     upper = Stage("upper", build, _validate, ("stage",), batches=(x,), learning_rate=0.1)
     problems = []
-    for s, options in ((stage, {"steps": steps, "hypergradient": method}), (upper, {})):
+    described: tuple[tuple[Stage, dict[str, Any]], ...] = (
+        (stage, {"steps": steps, "hypergradient": method}),
+        (upper, {}),
+    )
+    for s, options in described:
         module = s.module()
-        problems.append(StageProblem(s, module, optimizer=optimizer_of(s, module.parameters()), **options))
+        problems.append(StageProblem(s, module, s.batches, optimizer=optimizer_of(s, module.parameters()), **options))
     return mlo.Engine(problems)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ _FOR_EVER = 10**9
 class StageProblem(mlo.Problem):
     """A stage as a problem of an engine: the problem and its dependencies are the views."""
 
-    def __init__(self, stage: Stage, module: nn.Module, **options: Any) -> None:
+    def __init__(self, stage: Stage, module: nn.Module, batches: Sequence[Any], **options: Any) -> None:
         """Keep the stage's loss."""
-        super().__init__(stage.name, module, data=list(stage.batches), depends_on=stage.reads, **options)
+        super().__init__(stage.name, module, data=list(batches), depends_on=stage.reads, **options)
         self._loss, self._reads = stage.loss, stage.reads
 
     def training_step(self, batch: Any) -> Tensor:
@@ -109,7 +109,10 @@ class Ours(Library):
                 options["hypergradient"] = method_of(method, stage)
             elif not training:
                 options["warmup"] = _FOR_EVER
-            problems.append(StageProblem(stage, module, **options))
+            # As many as are drawn for one hypergradient, so that the next one begins with the first again.
+            drawn = method.budget or 1 if method.kind == "unroll" and stage is not case.upper else 1
+            batches = stage.batches if training else [stage.batches[i % len(stage.batches)] for i in range(drawn)]
+            problems.append(StageProblem(stage, module, batches, **options))
         return mlo.Engine(problems)
 
 
