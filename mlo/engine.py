@@ -329,7 +329,8 @@ class Engine:
     def _introduce(self) -> None:
         """Let the problems find each other here: they may have been in another engine since."""
         for p in self.problems.values():
-            p._known = self.problems
+            if p._known is not self.problems:
+                p._known = self.problems
 
     def _check_definitions(self) -> None:
         """Raise an error for a definition that has changed since it was checked and built upon."""

@@ -42,7 +42,18 @@ class Binding:
 
     """
 
-    __slots__ = ("_before", "_buffers", "_checked", "_frame", "_kept", "_member", "_swapped", "_values", "_versions")
+    __slots__ = (
+        "_before",
+        "_buffers",
+        "_checked",
+        "_frame",
+        "_kept",
+        "_member",
+        "_swapped",
+        "_values",
+        "_versions",
+        "_watched",
+    )
 
     def __init__(
         self,
@@ -63,7 +74,9 @@ class Binding:
     def __enter__(self) -> Frame:
         """Swap the tensors in."""
         if self._checked:
-            self._versions = [t._version for t in self._watched()]
+            self._watched = [t for name in self._member.seen for t in self._values[name]]
+            self._watched += [t for m in self._member.seen.values() for t in m.names.constant.values()]
+            self._versions = [t._version for t in self._watched]
         problem = self._member.problem
         self._before = problem._frame
         for m in self._swapped:
@@ -80,21 +93,15 @@ class Binding:
             slots.restore_buffers(self._kept.pop())
         for m in reversed(self._swapped):
             m.slots.restore(self._kept.pop())
-        if kind is None and self._checked and self._versions != [t._version for t in self._watched()]:
+        if kind is None and self._checked and self._versions != [t._version for t in self._watched]:
             self._raise_for_in_place()
-
-    def _watched(self) -> list[Tensor]:
-        bound = [t for name in self._member.seen for t in self._values[name]]
-        return bound + [t for m in self._member.seen.values() for t in m.names.constant.values()]
 
     def _raise_for_in_place(self) -> None:
         seen = self._member.seen.values()
         named = [(m.name, n) for m in seen for n in m.names.trainable]
         named += [(m.name, n) for m in seen for n in m.names.constant]
         changed = [
-            place
-            for place, before, t in zip(named, self._versions, self._watched(), strict=True)
-            if before != t._version
+            place for place, before, t in zip(named, self._versions, self._watched, strict=True) if before != t._version
         ]
         owner, name = changed[0]
         raise EvaluationError(
