@@ -1,0 +1,1 @@
+"""Data sets by name: where they lie, how they are read, split and augmented."""
