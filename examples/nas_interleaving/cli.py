@@ -20,7 +20,8 @@ from examples.nas_interleaving.plots import draw_run
 from examples.nas_interleaving.retrain import training_batches
 from examples.nas_interleaving.run_folder import RunFolder, RunFolderError
 from examples.nas_interleaving.search import search
-from examples.nas_interleaving.settings import Kind, RetrainSettings, SearchSettings, Settings, SettingsError
+from examples.nas_interleaving.search_settings import SearchSettings
+from examples.nas_interleaving.settings import Kind, RetrainSettings, Settings, SettingsError
 from examples.nas_interleaving.tasks import TaskError, load_tasks
 
 _COMMAND = "python -m examples.nas_interleaving"

@@ -12,7 +12,8 @@ from examples.nas_interleaving.genotype import Genotype
 from examples.nas_interleaving.retrain import retrain
 from examples.nas_interleaving.run_folder import RESULTS, TABLE, RunFolder
 from examples.nas_interleaving.search import search
-from examples.nas_interleaving.settings import RetrainSettings, SearchSettings
+from examples.nas_interleaving.search_settings import SearchSettings
+from examples.nas_interleaving.settings import RetrainSettings
 from examples.nas_interleaving.status import COMPLETE, Tracker, describe
 from examples.nas_interleaving.tasks import Task
 
