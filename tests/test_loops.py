@@ -162,13 +162,12 @@ def test_chain_of_three_with_neumann():
             inputs = [*(params[i - 1] if i else ()), *h]
             loss = lower_loss(nets[i], params[i], h, train[i][step % 3], params[i - 1] if i else None)
             g = torch.autograd.grad(loss, params[i], create_graph=True)
-            adjoint, residual = [torch.zeros_like(t) for t in c], list(c)
-            for term in range(terms):
-                move = [r * scale for r in residual]
-                adjoint = [a + m for a, m in zip(adjoint, move, strict=True)]
-                if term < terms - 1:
-                    product = torch.autograd.grad(g, params[i], move, retain_graph=True)
-                    residual = [r - p for r, p in zip(residual, product, strict=True)]
+            adjoint, residual = list(c), list(c)
+            for _ in range(terms - 1):
+                product = torch.autograd.grad(g, params[i], residual, retain_graph=True)
+                residual = [r.add(p, alpha=-scale) for r, p in zip(residual, product, strict=True)]
+                adjoint = [a + r for a, r in zip(adjoint, residual, strict=True)]
+            adjoint = [a * scale for a in adjoint]
             mixed = [-t for t in torch.autograd.grad(g, inputs, adjoint)]
             c, own = mixed[: len(mixed) - 2], mixed[-2:]
             total = [o if t is None else t + o for t, o in zip(total, own, strict=True)]

@@ -266,3 +266,15 @@ def test_products_are_checked():
         mlo.Dense(product="double_backward")
     with pytest.raises(mlo.ConfigurationError, match=r"epsilon=0\): expected a positive number"):
         mlo.CentralDifferences(epsilon=0)
+
+
+def test_a_parameter_in_which_the_gradient_is_constant_has_a_row_of_zeros():
+    """½a² + b·x: the gradient in b is x, which no parameter moves. Two terms of Neumann at c = (1, 1) with S = ¼."""
+    x = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    at = torch.tensor(0.5, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+    a, b = mlo.best_response(
+        lambda w, x: 0.5 * (w[0] - x) ** 2 + w[1] * x, at, x, mlo.Neumann(terms=2, scale=0.25, rtol=0.0)
+    )
+    # λ = ¼ (1 + ¾, 1 + 1), and ∂²L/∂w∂x = (−1, 1)
+    (found,) = torch.autograd.grad(a + b, x)
+    assert found.item() == pytest.approx(0.25 * (1.75 - 2.0), rel=1e-12)
