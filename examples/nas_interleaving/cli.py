@@ -16,12 +16,13 @@ import mlo
 from examples.nas_interleaving.comparison import by_darts, drawn_at_random, evaluation, found_in, interleaved
 from examples.nas_interleaving.interleaving import build_engine
 from examples.nas_interleaving.interruption import exit_status, terminable
+from examples.nas_interleaving.options import Kind, Settings, SettingsError
 from examples.nas_interleaving.plots import draw_run
 from examples.nas_interleaving.retrain import training_batches
 from examples.nas_interleaving.run_folder import RunFolder, RunFolderError
 from examples.nas_interleaving.search import search
 from examples.nas_interleaving.search_settings import SearchSettings
-from examples.nas_interleaving.settings import Kind, RetrainSettings, Settings, SettingsError
+from examples.nas_interleaving.settings import RetrainSettings
 from examples.nas_interleaving.tasks import TaskError, load_tasks
 
 _COMMAND = "python -m examples.nas_interleaving"

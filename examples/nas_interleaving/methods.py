@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import mlo
-from examples.nas_interleaving.settings import SettingsError
+from examples.nas_interleaving.options import SettingsError
 
 METHODS: dict[str, type[mlo.HypergradientMethod]] = {
     "finite-difference": mlo.FiniteDifference,

@@ -18,8 +18,8 @@ import torch
 
 import mlo
 from examples.nas_interleaving.genotype import CELL_KINDS, Genotype
+from examples.nas_interleaving.options import Settings
 from examples.nas_interleaving.search_settings import SearchSettings
-from examples.nas_interleaving.settings import Settings
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from examples.nas_interleaving.settings import (
+from examples.nas_interleaving.options import (
     Settings,
     SettingsError,
     choice,
