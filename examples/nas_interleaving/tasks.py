@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
-from examples.nas_interleaving.labelled_images import DataError, check_labelled_images
+from examples.nas_interleaving.data.images import Changed, Images
+from examples.nas_interleaving.data.labelled_images import DataError, check_labelled_images
+from examples.nas_interleaving.data.names import classes_of, data_set_of
+from examples.nas_interleaving.data.settings import DataSettings
+from examples.nas_interleaving.data.source import Source
+from examples.nas_interleaving.data.sources import SOURCES
 
 PARTS = ("train", "validation", "final_train", "test")
-
-_SPLIT_SEED = 0
-_TEST_SHARE = 0.3
 
 
 class TaskError(ValueError):
@@ -81,10 +81,24 @@ class Task:
             )
         return batches(data, size, seed)
 
+    def in_order(self, part: str, size: int = 256) -> DataLoader:
+        """Return batches of all images of a part as they are, the last of them smaller."""
+        data = getattr(self, part)
+        return DataLoader(data, size, num_workers=_workers(data))
+
 
 def batches(data: Dataset, size: int, seed: int) -> DataLoader:
-    """Return shuffled batches of exactly `size` items, in an order that depends on `seed` alone."""
-    return DataLoader(data, size, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(seed))
+    """Return shuffled batches of exactly `size` items, in an order that depends on `seed` alone.
+
+    `Images` are changed at random, by draws from the same generator as the order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    read = Changed(data, generator) if isinstance(data, Images) else data
+    return DataLoader(read, size, shuffle=True, drop_last=True, generator=generator, num_workers=_workers(data))
+
+
+def _workers(data: Dataset) -> int:
+    return data.workers if isinstance(data, Images) else 0
 
 
 class SideBySide:
@@ -105,75 +119,44 @@ class SideBySide:
         return zip(*self._loaders, strict=False)
 
 
-def load_tasks(names: Sequence[str]) -> list[Task]:
-    """Return the tasks of these names, e.g. `["digits:0-4", "digits:5-9"]`.
+def load_tasks(names: Sequence[str], options: DataSettings | None = None) -> list[Task]:
+    """Return the tasks of these names, e.g. `["digits", "fashion-mnist:0-4"]`. Each data set is read once.
+
+    Args:
+        names: of data sets in `SOURCES`, with all classes or some, such as `cifar100:0,3,7-20`.
+        options: where the data are, and how much of them is used (default: `DataSettings()`).
 
     Raises:
-        TaskError: a name is unknown or given twice, or the tasks' images differ in shape.
+        TaskError: a name is unknown or given twice, or its data are missing or corrupt.
 
     """
-    tasks = [_load(name) for name in names]
+    options = DataSettings() if options is None else options
+    sources: dict[str, Source] = {}
+    tasks = []
+    for name in names:
+        data_set = data_set_of(name)
+        if data_set not in SOURCES:
+            raise TaskError(
+                f"unknown task {name!r}; expected one of {', '.join(SOURCES)}, or some classes of one, such as "
+                "digits:0-4."
+            )
+        try:
+            if data_set not in sources:
+                sources[data_set] = SOURCES[data_set](options)
+            classes = classes_of(name, sources[data_set].classes)
+            parts = sources[data_set].parts(classes)
+        except DataError as error:
+            raise TaskError(f"task {name!r}: {error}") from error
+        tasks.append(Task(name, len(classes), **parts))
     check_compatible(tasks)
     return tasks
 
 
 def check_compatible(tasks: Sequence[Task]) -> None:
-    """Raise an error if there are no tasks, two of one name, or tasks that one encoder cannot serve."""
+    """Raise an error if there are no tasks, or two of one name. Their images and classes may differ."""
     if not tasks:
         raise TaskError("expected at least one task, got none.")
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
             raise TaskError(f"task {name!r} is given twice; expected a different name for each task.")
-    for task in tasks[1:]:
-        if task.image_shape != tasks[0].image_shape:
-            raise TaskError(
-                f"task {task.name!r} has images of shape {task.image_shape}, task {tasks[0].name!r} of shape "
-                f"{tasks[0].image_shape}; expected one shape, since the learners share an encoder. Resize one of them."
-            )
-
-
-def _load(name: str) -> Task:
-    match = re.fullmatch(r"digits(?::([\d,\-]+))?", name)
-    if match is None:
-        raise TaskError(f"unknown task {name!r}; expected digits, or some of its classes such as digits:0-4.")
-    return digits(name, _classes(name, match[1] or "0-9"))
-
-
-def _classes(name: str, text: str) -> list[int]:
-    """Read class numbers such as "0-4" or "1,3,7-9"."""
-    chosen: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d)(?:-(\d))?", part)
-        if match is None:
-            raise TaskError(f"task {name!r}: expected classes such as 0-4 or 1,3,7; got {part!r}.")
-        chosen += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if len(set(chosen)) < 2 or len(set(chosen)) < len(chosen):
-        raise TaskError(f"task {name!r}: expected at least two classes, each once; got {chosen}.")
-    return chosen
-
-
-def digits(name: str, classes: Sequence[int]) -> Task:
-    """Return some classes of the handwritten digits that scikit-learn ships: 8×8 images in 16 grey levels.
-
-    Of each class 30 % are for the test, half of the rest for training and half for validation. The split is the
-    same in every run.
-    """
-    from sklearn.datasets import load_digits  # noqa: PLC0415  (slow to import, and only needed here)
-
-    source = load_digits()
-    draw = np.random.default_rng(_SPLIT_SEED)
-    parts: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
-    for digit in classes:
-        found = draw.permutation(np.flatnonzero(source.target == digit))
-        test = round(_TEST_SHARE * len(found))
-        half = test + (len(found) - test) // 2
-        for part, chosen in zip(parts, (found[test:half], found[half:], found[:test]), strict=True):
-            parts[part].append(chosen)
-    index = {part: np.concatenate(chosen) for part, chosen in parts.items()}
-    index["final_train"] = np.concatenate([index["train"], index["validation"]])
-    pixels = source.images[index["train"]]
-    scaled = torch.tensor((source.images - pixels.mean()) / pixels.std(), dtype=torch.get_default_dtype())
-    images = scaled.unsqueeze(1)
-    labels = torch.tensor([classes.index(digit) if digit in classes else -1 for digit in source.target])
-    return Task(name, len(classes), **{part: TensorDataset(images[i], labels[i]) for part, i in index.items()})

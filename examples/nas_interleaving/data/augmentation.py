@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +62,3 @@ def _outside(size: int, length: int, count: int, generator: Generator) -> Tensor
     start = torch.randint(size, (count, 1), generator=generator) - length // 2
     position = torch.arange(size)
     return (position < start) | (position >= start + length)
-
-
-def proportional(pixels: int, size: int, native: Sequence[int]) -> int:
-    """Return a width in pixels for images of another size than those that it was chosen for."""
-    return round(pixels * size / max(native))
