@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import mlo
+from examples.nas_interleaving.algorithms import build_engine
 from examples.nas_interleaving.comparison import by_darts, drawn_at_random, evaluation, found_in, interleaved
-from examples.nas_interleaving.interleaving import build_engine
 from examples.nas_interleaving.interruption import exit_status, terminable
 from examples.nas_interleaving.options import Kind, Settings, SettingsError
 from examples.nas_interleaving.plots import draw_run

@@ -1,6 +1,6 @@
 """Interleaving learning as problems: K·M chained stages under one architecture (arXiv 2103.07018).
 
-Learner k in round m has encoder weights W and a head H and solves
+Learner k in round m has encoder weights W and a stem and a head H of its own, and solves
 
     W*(A), H* = argmin  L(A, W, H; D_k^train) + λ ‖W − W_prev*(A)‖²,
 
@@ -11,22 +11,13 @@ before. The architecture A minimises the sum of the last round's validation loss
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from random import Random
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 import mlo
 from examples.nas_interleaving.methods import stage_methods
-from examples.nas_interleaving.settings import SearchSettings
-from examples.nas_interleaving.supernet import Architecture, Encoder, Learner
-from examples.nas_interleaving.tasks import SideBySide, Task, check_compatible
-
-ARCHITECTURE = "architecture"
+from examples.nas_interleaving.parts import Parts
+from examples.nas_interleaving.stages import ARCHITECTURE, LearnersArchitecture, LearnerStage
 
 
 def stage_name(learner: int, round_: int) -> str:
@@ -39,129 +30,99 @@ def stage_names(learners: int, rounds: int) -> list[str]:
     return [stage_name(k, m) for m in range(1, rounds + 1) for k in range(1, learners + 1)]
 
 
-def encoder_weights(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of a learner's parameters that is drawn towards the learner before it."""
-    return {name: value for name, value in params.items() if name.startswith("encoder.")}
-
-
-class LearnerStage(mlo.Problem):
-    """One learner in one round."""
-
-    def __init__(self, name: str, module: Learner, *, proximity: float, validation: DataLoader, **options: Any) -> None:
-        super().__init__(name, module, **options)
-        self.proximity = proximity
-        self.validation = validation
-
-    def training_step(self, batch: Any) -> dict[str, Tensor]:
-        """Return the training loss with the pull towards the encoder of the learner before."""
-        images, labels = batch
-        scores = self(images, self.deps.architecture.params)
-        fit = F.cross_entropy(scores, labels)
-        logged = {"fit": fit, "accuracy": (scores.argmax(1) == labels).float().mean()}
-        if "previous" not in self.deps:
-            return {"loss": fit, **logged}
-        distance = mlo.squared_distance(encoder_weights(self.params), encoder_weights(self.deps.previous.params))
-        return {"loss": fit + self.proximity * distance, "squared_distance": distance, **logged}
-
-    def validation_step(self) -> dict[str, float]:
-        """Return loss and accuracy over the validation data."""
-        loss, right, count = 0.0, 0, 0
-        for images, labels in self.validation:
-            scores = self(images, self.deps.architecture.params)
-            loss += F.cross_entropy(scores, labels, reduction="sum").item()
-            right += int((scores.argmax(1) == labels).sum())
-            count += len(labels)
-        return {"loss": loss / count, "accuracy": right / count}
-
-
-class ArchitectureSearch(mlo.Problem):
-    """The architecture: minimises the validation losses of the last round's learners, summed."""
-
-    def training_step(self, batch: Any) -> dict[str, Tensor]:
-        """Return the sum; each learner's own loss is logged under its name."""
-        losses = {}
-        for name, (images, labels) in zip(self.depends_on, batch, strict=True):
-            losses[name] = F.cross_entropy(self.deps[name](images, self.params), labels)
-        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
-
-
-def build_engine(tasks: Sequence[Task], settings: SearchSettings) -> mlo.Engine:
+def chain(parts: Parts, *, transfer: bool = True) -> mlo.Engine:
     """Return the engine of an interleaving search; K = 1 and M = 1 is plain DARTS.
 
-    All encoders start from the same weights, and so do all heads of one task.
+    All encoders start from the same weights, and so do all stems and heads of one task.
 
-    Raises:
-        TaskError: there are no tasks, they do not go together, or one is smaller than a batch.
-        SettingsError: a method, or the stage that it is for, is unknown.
+    Args:
+        parts: what the problems are made of.
+        transfer: whether each learner is drawn towards the encoder of the one before it. Without, the learners are
+            DARTS chains that share nothing but the architecture.
 
     """
-    check_compatible(tasks)
-    torch.manual_seed(settings.seed)
-    architecture = Architecture(settings.nodes)
-    encoder = Encoder(tasks[0].image_shape[0], settings.channels, settings.cells, settings.nodes)
-    first_round = [Learner(copy.deepcopy(encoder), task.classes) for task in tasks]
-    names = stage_names(len(tasks), settings.rounds)
-    methods = stage_methods(settings.method, names)
-    draw = Random(settings.seed)
+    first_round = parts.learners()
+    names, methods = _stages(parts)
     problems: list[mlo.Problem] = []
     for position, name in enumerate(names):
-        k = position % len(tasks)
+        k = position % len(parts.tasks)
+        roles = {ARCHITECTURE: ARCHITECTURE}
+        if transfer and position > 0:
+            roles["previous"] = names[position - 1]
+        learner = copy.deepcopy(first_round[k])
+        problems.append(
+            LearnerStage(
+                name,
+                learner,
+                proximity=parts.settings.proximity,
+                validation=parts.validation([parts.tasks[k]]),
+                data=parts.batches("train", parts.tasks[k]),
+                depends_on=roles,
+                hypergradient=methods[name],
+                **parts.training(learner),
+            )
+        )
+    return mlo.Engine([*problems, _upper(parts, names, [() for _ in parts.tasks])])
+
+
+def handed_on(parts: Parts) -> mlo.Engine:
+    """Return the engine of a search in which one network is handed from stage to stage, without a pull.
+
+    Each time that a stage is solved, its network starts from what the stage before has just made of it (`start_from`
+    of `mlo.Problem`), with the optimizer's state cleared: the encoder, and the stems and heads of all tasks, so that a
+    learner finds its own as it left them. The first stage starts from what the last one had in the step before.
+    """
+    network = parts.shared()
+    names, methods = _stages(parts)
+    problems: list[mlo.Problem] = []
+    for position, name in enumerate(names):
+        k = position % len(parts.tasks)
         roles = {ARCHITECTURE: ARCHITECTURE}
         if position > 0:
             roles["previous"] = names[position - 1]
-        problems.append(_stage(name, tasks[k], copy.deepcopy(first_round[k]), roles, methods[name], draw, settings))
-    problems.append(_search(tasks, architecture, names[-len(tasks) :], draw, settings))
-    return mlo.Engine(problems)
+        own = copy.deepcopy(network)
+        problems.append(
+            LearnerStage(
+                name,
+                own,
+                task=(k,),
+                validation=parts.validation([parts.tasks[k]]),
+                data=parts.batches("train", parts.tasks[k]),
+                depends_on=roles,
+                start_from="previous" if position > 0 else None,
+                hypergradient=methods[name],
+                **parts.training(own),
+            )
+        )
+    upper = _upper(parts, names, [(k,) for k in range(len(parts.tasks))])
+    return _Circle([*problems, upper], first=names[0], last=names[-1])
 
 
-def _stage(
-    name: str,
-    task: Task,
-    learner: Learner,
-    roles: Mapping[str, str],
-    method: mlo.HypergradientMethod,
-    draw: Random,
-    settings: SearchSettings,
-) -> LearnerStage:
-    optimizer = torch.optim.SGD(
-        learner.parameters(),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
-    return LearnerStage(
-        name,
-        learner,
-        proximity=settings.proximity,
-        validation=DataLoader(task.validation, 256),
-        optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, settings.steps * settings.stage_steps, eta_min=settings.learning_rate / 25
-        ),
-        data=task.batches("train", settings.batch_size, draw.getrandbits(31), option="batch_size"),
-        depends_on=roles,
-        steps=settings.stage_steps,
-        hypergradient=method,
-        grad_clip=settings.grad_clip,
-    )
+class _Circle(mlo.Engine):
+    """An engine after each of whose steps the first stage takes over the network of the last."""
+
+    def __init__(self, problems: list[mlo.Problem], *, first: str, last: str) -> None:
+        super().__init__(problems)
+        self._first, self._last = first, last
+
+    def step(self) -> dict[str, mlo.ProblemReport]:
+        """Make a step, and hand the network back to the first stage."""
+        reports = super().step()
+        first, last = self.problems[self._first], self.problems[self._last]
+        if first is not last and first.optimizer is not None:
+            with torch.no_grad():
+                for to, from_ in zip(first.module.parameters(), last.module.parameters(), strict=True):
+                    to.copy_(from_)
+            first.optimizer.state.clear()
+        return reports
 
 
-def _search(
-    tasks: Sequence[Task], architecture: Architecture, last_round: Sequence[str], draw: Random, settings: SearchSettings
-) -> ArchitectureSearch:
-    loaders = [
-        task.batches("validation", settings.batch_size, draw.getrandbits(31), option="batch_size") for task in tasks
-    ]
-    return ArchitectureSearch(
-        ARCHITECTURE,
-        architecture,
-        optimizer=torch.optim.Adam(
-            architecture.parameters(),
-            lr=settings.architecture_learning_rate,
-            betas=(0.5, 0.999),
-            weight_decay=settings.architecture_weight_decay,
-        ),
-        data=SideBySide(loaders),
-        depends_on=last_round,
-        warmup=settings.warmup,
+def _stages(parts: Parts) -> tuple[list[str], dict[str, mlo.HypergradientMethod]]:
+    names = stage_names(len(parts.tasks), parts.settings.rounds)
+    return names, stage_methods(parts.settings.method, names)
+
+
+def _upper(parts: Parts, names: list[str], tasks: list[tuple[int, ...]]) -> LearnersArchitecture:
+    return LearnersArchitecture(
+        ARCHITECTURE, parts.architecture, tasks=tasks, depends_on=names[-len(parts.tasks) :], **parts.choice()
     )

@@ -135,9 +135,10 @@ class RunFolder:
         """Return the architecture that was found: that of the last step where the search was killed."""
         return self._read(GENOTYPE, Genotype.from_json) if self.has(GENOTYPE) else self.decode_weights()
 
-    def decode_weights(self) -> Genotype:
-        """Return the architecture that the weights of the last step stand for."""
-        last = deque(self.read_lines(WEIGHTS), maxlen=1)
+    def decode_weights(self, step: int | None = None) -> Genotype:
+        """Return the architecture that the weights of a step, by default the last, stand for."""
+        lines = self.read_lines(WEIGHTS)
+        last = deque((line for line in lines if step is None or line.get("step") == step), maxlen=1)
         if not last:
             raise RunFolderError(f"{self.path / WEIGHTS} holds no weights: the search ended before it began.")
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from examples.nas_interleaving.run_folder import STATUS, RunFolder
 
@@ -33,6 +33,7 @@ class Tracker:
         self._folder = folder
         self._counted = counted
         self._done = 0
+        self._facts: dict[str, Any] = {}
         self.state = RUNNING
         self._started = time.perf_counter()
 
@@ -46,6 +47,10 @@ class Tracker:
         self._done = done
         self._write()
 
+    def note(self, **facts: Any) -> None:
+        """Say what else there is to know of the work, from the next time that it is written."""
+        self._facts |= facts
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -58,7 +63,9 @@ class Tracker:
 
     def _write(self) -> None:
         seconds = round(time.perf_counter() - self._started, 3)
-        self._folder.write_json(STATUS, {"state": self.state, self._counted: self._done, "seconds": seconds})
+        self._folder.write_json(
+            STATUS, {"state": self.state, self._counted: self._done, "seconds": seconds, **self._facts}
+        )
 
 
 def describe(state: str) -> str:
