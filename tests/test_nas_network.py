@@ -10,7 +10,9 @@ from examples.nas_interleaving.genotype import Genotype, edge_count
 from examples.nas_interleaving.macro import reductions
 from examples.nas_interleaving.network import DerivedCell, Network
 from examples.nas_interleaving.operations import OPERATION_NAMES, OPERATIONS
-from examples.nas_interleaving.supernet import Architecture, Encoder, MixedCell, edge_weights
+from examples.nas_interleaving.spaces import Architecture, edge_weights, search_space
+from examples.nas_interleaving.stems import make_stem
+from examples.nas_interleaving.supernet import Encoder, Learner, MixedCell
 
 CHANNELS, EDGES = 4, 3
 WITH_WEIGHTS = [name for name in OPERATION_NAMES if "conv" in name]
@@ -41,7 +43,7 @@ def test_batched_edges_are_one_module_per_edge(name, stride, size):
 @pytest.mark.parametrize("reduction", [False, True])
 def test_a_mixed_cell_is_the_weighted_sum_that_darts_defines(reduction):
     nodes = 4
-    cell = MixedCell(nodes, CHANNELS, reduction)
+    cell = MixedCell(search_space("darts", nodes), CHANNELS, reduction)
     weights = torch.rand(edge_count(nodes), len(OPERATION_NAMES))
     s0, s1 = torch.randn(2, 3, CHANNELS, 6, 6)
     states, row = [s0, s1], 0
@@ -69,7 +71,8 @@ def test_a_supernet_with_all_weight_on_a_genotype_is_the_network_of_the_genotype
         (("dil_conv_3x3", 1), ("skip_connect", 3)),
     )
     nodes = len(cell)
-    mixed, derived = MixedCell(nodes, CHANNELS, reduction), DerivedCell(cell, CHANNELS, reduction)
+    mixed = MixedCell(search_space("darts", nodes), CHANNELS, reduction)
+    derived = DerivedCell(cell, CHANNELS, reduction)
     weights = torch.zeros(edge_count(nodes), len(OPERATION_NAMES))
     operations = iter(derived.operations)
     for node, edges in enumerate(cell):
@@ -96,19 +99,21 @@ def test_reduction_cells_stand_at_one_and_two_thirds(cells, expected):
 
 @pytest.mark.parametrize("cells", [2, 3, 5])
 def test_networks_of_every_depth_run(cells):
-    encoder = Encoder(3, 2, cells, 2)
-    logits = dict(Architecture(2).named_parameters())
-    features = encoder(torch.randn(4, 3, 9, 9), logits)
-    assert features.shape == (4, encoder.features)
-    features.square().sum().backward()
+    shape, space = (3, 9, 9), search_space("darts", 2)
+    stem = make_stem("auto", shape, 2, derived=False)
+    learner = Learner(stem, Encoder(space, stem.width, 2, cells), 5)
+    logits = dict(Architecture(space).named_parameters())
+    scores = learner(torch.randn(4, *shape), logits)
+    assert scores.shape == (4, 5)
+    scores.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in logits.values())
-    assert Network(Genotype.random(2, 0), 3, 2, cells, 5)(torch.randn(4, 3, 9, 9)).shape == (4, 5)
+    assert Network(Genotype.random(2, 0), shape, 2, cells, 5)(torch.randn(4, *shape)).shape == (4, 5)
 
 
 def test_edge_weights_are_the_softmax_over_operations():
     logits = {"normal": torch.randn(2, 8), "reduction": torch.randn(2, 8)}
     expected = logits["normal"].exp() / logits["normal"].exp().sum(1, keepdim=True)
-    torch.testing.assert_close(edge_weights(logits)["normal"], expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(edge_weights(search_space("darts", 1), logits)["normal"], expected, rtol=1e-12, atol=0)
 
 
 def test_decoding_keeps_two_edges_and_never_none():

@@ -1,4 +1,4 @@
-"""What surrounds the cells of a network, the same for the search and for the network that is derived."""
+"""The row of cells of a network, the same for the search and for the network that is derived."""
 
 from __future__ import annotations
 
@@ -7,32 +7,41 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from examples.nas_interleaving.operations import FactorizedReduce, ReluConvNorm, normalisation
-
-_STEM_MULTIPLIER = 3
+from examples.nas_interleaving.operations import HalvedFit, ReluConvNorm
 
 
 def reductions(cells: int) -> set[int]:
     """Return which cells halve the resolution: those at one and two thirds, but never the first."""
-    return {cells // 3, 2 * cells // 3} - {0}
+    return {cells // 3, two_thirds(cells)} - {0}
+
+
+def two_thirds(cells: int) -> int:
+    """Return the cell at two thirds of the depth: a reduction cell, and where an auxiliary tower reads."""
+    return 2 * cells // 3
 
 
 class Macro(nn.Module):
-    """Stem, a row of cells that each read the two before, and global average pooling.
+    """A row of cells that each read the two before, and what fits their inputs to them.
+
+    What the first cell reads comes from a stem; the first of the two is fitted there, since stems differ in it.
 
     Args:
-        image_channels: channels of the images.
+        width: channels of the second output of the stem.
         channels: channels of an intermediate node; each reduction cell doubles them.
         cells: number of cells, at least 2: the last is then a reduction cell.
         nodes: intermediate nodes of a cell; a cell puts out nodes · channels.
         make_cell: `make_cell(channels, reduction)` → a module called as `cell(s0, s1, *context)`.
         derived: whether it is the network of a genotype rather than a supernet (see `normalisation`).
 
+    Attributes:
+        features: channels that the last cell puts out.
+        features_inside: those of the cell at two thirds.
+
     """
 
     def __init__(
         self,
-        image_channels: int,
+        width: int,
         channels: int,
         cells: int,
         nodes: int,
@@ -40,38 +49,27 @@ class Macro(nn.Module):
         derived: bool,
     ) -> None:
         super().__init__()
-        width = _STEM_MULTIPLIER * channels
-        self.stem = nn.Sequential(
-            nn.Conv2d(image_channels, width, 3, padding=1, bias=False), normalisation(width, derived)
-        )
-        before_last, last, current = width, width, channels
+        self._inside = two_thirds(cells)
+        before_last, last, current = 0, width, channels
         halved = False
         self.inputs0, self.inputs1, self.cells = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for i in range(cells):
             reduction = i in reductions(cells)
             current *= 2 if reduction else 1
-            self.inputs0.append(
-                _Halved(before_last, current, derived) if halved else ReluConvNorm(before_last, current, derived)
-            )
+            fit = HalvedFit if halved else ReluConvNorm
+            self.inputs0.append(nn.Identity() if i == 0 else fit(before_last, current, derived))
             self.inputs1.append(ReluConvNorm(last, current, derived))
             self.cells.append(make_cell(current, reduction))
             before_last, last, halved = last, nodes * current, reduction
+            if i == self._inside:
+                self.features_inside = last
         self.features = last
 
-    def forward(self, images: Tensor, *context: Any) -> Tensor:
-        """Return (N, features)."""
-        s0 = s1 = self.stem(images)
-        for fit0, fit1, cell in zip(self.inputs0, self.inputs1, self.cells, strict=True):
+    def forward(self, s0: Tensor, s1: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
+        """Return what the last cell puts out, and the cell at two thirds."""
+        inside = s1
+        for i, (fit0, fit1, cell) in enumerate(zip(self.inputs0, self.inputs1, self.cells, strict=True)):
             s0, s1 = s1, cell(fit0(s0), fit1(s1), *context)
-        return s1.mean(dim=(2, 3))
-
-
-class _Halved(FactorizedReduce):
-    """Brings the output of the cell before a reduction cell to the resolution after it."""
-
-    def __init__(self, channels_in: int, channels_out: int, derived: bool) -> None:
-        super().__init__(channels_in, channels_out, 1, derived)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (N, channels_out, ⌈H/2⌉, ⌈W/2⌉)."""
-        return super().forward(x).squeeze(1)
+            if i == self._inside:
+                inside = s1
+        return s1, inside

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from examples.nas_interleaving.genotype import Cell, Genotype
 from examples.nas_interleaving.macro import Macro
 from examples.nas_interleaving.operations import OPERATIONS
+from examples.nas_interleaving.stems import make_stem
 
 
 class DerivedCell(nn.Module):
@@ -35,11 +38,21 @@ class DerivedCell(nn.Module):
 class Network(nn.Module):
     """An image classifier built from a genotype."""
 
-    def __init__(self, genotype: Genotype, image_channels: int, channels: int, cells: int, classes: int) -> None:
+    def __init__(
+        self,
+        genotype: Genotype,
+        image_shape: Sequence[int],
+        channels: int,
+        cells: int,
+        classes: int,
+        *,
+        stem: str = "auto",
+    ) -> None:
         super().__init__()
         kinds = {False: genotype.normal, True: genotype.reduction}
+        self.stem = make_stem(stem, image_shape, channels, derived=True)
         self.macro = Macro(
-            image_channels,
+            self.stem.width,
             channels,
             cells,
             genotype.nodes,
@@ -50,4 +63,5 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return class scores, (N, classes)."""
-        return self.head(self.macro(images))
+        last, _ = self.macro(*self.stem(images))
+        return self.head(last.mean(dim=(2, 3)))

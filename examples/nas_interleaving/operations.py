@@ -41,11 +41,22 @@ class Pool(nn.Module):
 
 
 class Identity(nn.Module):
-    """The skip connection of stride 1."""
+    """The skip connection of stride 1; in a supernet with dropout, if asked for.
+
+    Dropout keeps a search from preferring skips for their early ease (P-DARTS: Chen et al., ICCV 2019, section 3.3).
+    """
+
+    def __init__(self, edges: int) -> None:
+        super().__init__()
+        self.edges = edges
+        self.dropout = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (N, 1, C, H, W)."""
-        return x.unsqueeze(1)
+        """Return (N, 1, C, H, W), or (N, edges, C, H, W) where some of it is dropped, edge by edge."""
+        x = x.unsqueeze(1)
+        if self.training and self.dropout > 0:
+            return F.dropout(x.expand(-1, self.edges, -1, -1, -1), self.dropout)
+        return x
 
 
 class FactorizedReduce(nn.Module):
@@ -78,6 +89,17 @@ class ReluConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, channels_out, H, W)."""
         return self.norm(self.conv(F.relu(x)))
+
+
+class HalvedFit(FactorizedReduce):
+    """Brings what is twice as large as a cell's other input to its resolution and width."""
+
+    def __init__(self, channels_in: int, channels_out: int, derived: bool) -> None:
+        super().__init__(channels_in, channels_out, 1, derived)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, channels_out, ⌈H/2⌉, ⌈W/2⌉)."""
+        return super().forward(x).squeeze(1)
 
 
 class SeparableConv(nn.Module):
@@ -115,7 +137,7 @@ class SeparableConv(nn.Module):
 
 
 def _skip(channels: int, stride: int, edges: int, derived: bool) -> nn.Module:
-    return Identity() if stride == 1 else FactorizedReduce(channels, channels, edges, derived)
+    return Identity(edges) if stride == 1 else FactorizedReduce(channels, channels, edges, derived)
 
 
 #: name → constructor(channels, stride, edges, derived); `None` is the absent edge.

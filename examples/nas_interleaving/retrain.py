@@ -56,7 +56,7 @@ def retrain(
     started = time.perf_counter()
     torch.manual_seed(seed)
     network = Network(
-        genotype, task.image_shape[0], settings.retrain_channels, settings.retrain_cells, task.classes
+        genotype, task.image_shape, settings.retrain_channels, settings.retrain_cells, task.classes
     ).train()
     loader = training_batches(task, settings, seed)
     optimizer = torch.optim.SGD(
