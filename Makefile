@@ -23,7 +23,7 @@ format: $(TOOLS)
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# torch comes first and by its exact version, so that no other package chooses one.
+# torch comes first and by its exact version, so that no other package chooses one: each torchvision goes with one.
 $(READY): constraints.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch

@@ -18,6 +18,8 @@ from examples.nas_interleaving.data.vision import torchvision
 
 _CLASSES = 10
 _PADDING = 2
+#: Where Debian's package dataset-fashion-mnist puts its files.
+_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
 _FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 #: The IDX format: two zero bytes, the type of the numbers (8: unsigned bytes), the number of dimensions, and the
 #: size of each as a big-endian integer; then the numbers.
@@ -26,13 +28,12 @@ _UNSIGNED_BYTES = b"\x00\x00\x08"
 
 def fashion_mnist(options: DataSettings) -> Source:
     """Read Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): 60,000 and 10,000 images of clothing, 1×28×28."""
-    package = Path("/usr/share/datasets/fashion-mnist")
     return _read(
         "fashion-mnist",
         "FashionMNIST",
         options,
-        elsewhere=[package],
-        remedy=f"On Debian and Ubuntu the package dataset-fashion-mnist puts them into {package}. ",
+        elsewhere=[_PACKAGE],
+        remedy=f"On Debian and Ubuntu the package dataset-fashion-mnist puts them into {_PACKAGE}. ",
         flip=True,
     )
 

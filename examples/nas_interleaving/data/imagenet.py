@@ -131,6 +131,6 @@ class ImageFiles(Images):
         file, number = self._files.samples[self._index[index]]
         try:
             image = self._files.loader(file)
-        except OSError as error:
+        except (OSError, SyntaxError) as error:  # the latter is how Pillow speaks of a broken PNG
             raise DataError(f"{file} cannot be read: {error}") from error
         return view(image), torch.tensor(number)

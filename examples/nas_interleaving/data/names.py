@@ -23,9 +23,9 @@ def classes_of(name: str, available: int) -> list[int]:
     chosen: list[int] = []
     for part in text.split(",") if colon else [f"0-{available - 1}"]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part, flags=re.ASCII)
-        if match is None:
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
             raise DataError(f"expected classes such as 0-4 or 1,3,7; got {part!r}.")
-        first, last = int(match[1]), int(match[2] or match[1])
         if max(first, last) >= available:
             raise DataError(f"expected classes from 0 to {available - 1}, got {part!r}.")
         chosen += range(first, last + 1)
