@@ -5,32 +5,26 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import mlo
-from examples.nas_interleaving.algorithms import build_engine
-from examples.nas_interleaving.comparison import by_darts, drawn_at_random, evaluation, found_in, interleaved
+from examples.nas_interleaving import commands
+from examples.nas_interleaving.command_options import add_new_folder, add_settings, positive
+from examples.nas_interleaving.commands import COMMAND, Command
+from examples.nas_interleaving.data.settings import DataSettings
 from examples.nas_interleaving.interruption import exit_status, terminable
-from examples.nas_interleaving.options import Kind, Settings, SettingsError
-from examples.nas_interleaving.plots import draw_run
-from examples.nas_interleaving.retrain import training_batches
+from examples.nas_interleaving.options import SettingsError
+from examples.nas_interleaving.presets import PRESETS
 from examples.nas_interleaving.run_folder import RunFolder, RunFolderError
-from examples.nas_interleaving.search import search
 from examples.nas_interleaving.search_settings import SearchSettings
 from examples.nas_interleaving.settings import RetrainSettings
-from examples.nas_interleaving.tasks import TaskError, load_tasks
+from examples.nas_interleaving.table_settings import AblateSettings, CompareSettings
+from examples.nas_interleaving.tasks import TaskError
 
-_COMMAND = "python -m examples.nas_interleaving"
-_EVALUATION = "evaluation"
 _REFUSED = 2
-
-#: Takes the options, and a list for the folders that it begins to fill.
-Command = Callable[[argparse.Namespace, list[RunFolder]], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with terminable():
             options.command(options, left)
     except (SettingsError, TaskError, RunFolderError, mlo.ConfigurationError) as error:
-        print(f"{_COMMAND}: {error}", file=sys.stderr)
+        print(f"{COMMAND}: {error}", file=sys.stderr)
         return _REFUSED
     except KeyboardInterrupt as interruption:
         done = f"What is done so far is in {left[-1].path}." if left else "Nothing was written yet."
@@ -61,68 +55,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=_COMMAND,
+        prog=COMMAND,
         description="Interleaving NAS (arXiv 2103.07018): K learners over M rounds search one architecture. "
         "Without a command: run.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    to = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = _command(commands, "run", _run, "search, retrain, test, and compare with a random architecture")
-    _add_new_folder(run)
-    run.add_argument("--compare", action="store_true", help="also compare with plain DARTS on each task, over --seeds")
-    _add_seeds(run, "--seed; with --compare --seed and two more")
-    _add_settings(run, SearchSettings)
-    _add_settings(run, RetrainSettings)
+    run = _command(to, "run", commands.run, "search, retrain, test, and compare with a random architecture")
+    add_new_folder(run)
+    _add_seeds(run, "--seed")
+    for kind in (SearchSettings, RetrainSettings, DataSettings):
+        add_settings(run, kind)
 
-    only_search = _command(commands, "search", _search, "search an architecture")
-    _add_new_folder(only_search)
-    _add_settings(only_search, SearchSettings)
+    search = _command(to, "search", commands.search_only, "search an architecture")
+    add_new_folder(search)
+    for kind in (SearchSettings, DataSettings):
+        add_settings(search, kind)
 
-    text = "retrain the architecture of a search from scratch, and test it"
-    retrain = _command(commands, "evaluate", _evaluate, text, " FOLDER")
-    _add_search(retrain)
-    retrain.add_argument(
+    text = "retrain an architecture from scratch, and test it"
+    evaluate = _command(to, "evaluate", commands.evaluate, text, " ARCHITECTURE")
+    evaluate.add_argument("architecture", metavar="ARCHITECTURE", help="folder of a search, or a genotype's JSON file")
+    add_new_folder(evaluate, "new folder for the results, unless the architecture is that of a search")
+    evaluate.add_argument(
         "--tasks", nargs="+", action="extend", metavar="TASK", help="tasks (default: those of the search)"
     )
-    _add_seeds(retrain, "that of the search")
-    _add_settings(retrain, RetrainSettings)
+    _add_seeds(evaluate, "that of the search, or 0")
+    for kind in (RetrainSettings, DataSettings):
+        add_settings(evaluate, kind)
 
-    plot = _command(commands, "plot", _plot, "draw the pictures of a search again from its folder", " FOLDER")
-    _add_search(plot)
+    _table(to, "compare", commands.compare, CompareSettings, "fill a table of algorithms and seeds, in parts")
+    _table(
+        to, "ablate", commands.ablate, AblateSettings, "fill a table of searches that differ in one respect, in parts"
+    )
+
+    plot = _command(to, "plot", commands.plot, "draw the pictures of a search again from its folder", " FOLDER")
+    plot.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a search")
     return parser
+
+
+def _table(
+    to: argparse._SubParsersAction,
+    name: str,
+    run: Command,
+    kind: type[CompareSettings | AblateSettings],
+    text: str,
+) -> None:
+    parser = _command(to, name, run, text)
+    add_new_folder(parser, "folder of the table: a new one, or that of an unfinished table to go on with")
+    parser.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="processes, each with one thread if several (default: 1)"
+    )
+    add_settings(parser, kind)
+    add_settings(parser, SearchSettings, without=("algorithm", "seed", "epochs", "warmup_epochs"))
+    add_settings(parser, RetrainSettings)
+    add_settings(parser, DataSettings)
 
 
 def _command(
-    commands: argparse._SubParsersAction, name: str, run: Command, text: str, arguments: str = ""
+    to: argparse._SubParsersAction, name: str, run: Command, text: str, arguments: str = ""
 ) -> argparse.ArgumentParser:
     # The usage that argparse would write has a line for every option, and stands before every error.
-    usage = f"{_COMMAND} {name}{arguments} [OPTION ...]"
-    parser = commands.add_parser(name, help=text, description=f"{text.capitalize()}.", usage=usage, allow_abbrev=False)
+    usage = f"{COMMAND} {name}{arguments} [OPTION ...]"
+    parser = to.add_parser(name, help=text, description=f"{text.capitalize()}.", usage=usage, allow_abbrev=False)
     parser.set_defaults(command=run)
     parser.add_argument(
-        "--threads", type=_positive, metavar="N", help="threads of PyTorch (default: PyTorch's own choice)"
+        "--threads", type=positive, metavar="N", help="threads of PyTorch (default: PyTorch's own choice)"
     )
+    if name != "plot":
+        parser.add_argument(
+            "--preset", choices=PRESETS, help="settings to begin with; other options change them (default: no preset)"
+        )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def _add_new_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("runs") / f"nas_{datetime.now():%Y%m%d_%H%M%S}",
-        help="new folder for everything that the run leaves (default: %(default)s, after the time)",
-    )
-
-
-def _add_search(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a search")
 
 
 def _add_seeds(parser: argparse.ArgumentParser, default: str) -> None:
@@ -131,97 +135,6 @@ def _add_seeds(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def _add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
-    group = parser.add_argument_group((kind.__doc__ or "").partition("\n")[0].rstrip("."))
-    for f in fields(kind):
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        if isinstance(f.default, tuple):
-            text += f" (default: {' '.join(f.default)})"
-            group.add_argument(flag, nargs="+", action="extend", metavar=f.name.removesuffix("s").upper(), help=text)
-        else:
-            text += f" (default: {f.default})"
-            group.add_argument(flag, type=type(f.default), metavar=f.name.upper(), help=text)
-
-
-def _settings(kind: type[Kind], options: argparse.Namespace) -> Kind:
-    """Return the settings: those that are given, and the defaults of all others."""
-    given = {f.name: getattr(options, f.name) for f in fields(kind)}
-    return kind.from_dict({name: value for name, value in given.items() if value is not None})
-
-
-def _for_each_seed(settings: SearchSettings, seeds: Sequence[int]) -> list[SearchSettings]:
-    for seed in seeds:
-        if seeds.count(seed) > 1:
-            raise SettingsError(f"seeds: {seed} is given twice; expected different ones.")
-    return [replace(settings, seed=seed) for seed in seeds]
-
-
 def _show_each_warning_once() -> None:
     """Show each warning once: a search of a thousand steps must not repeat it."""
     warnings.simplefilter("once", mlo.MloWarning)
-
-
-# Whatever can be refused is refused before a command makes a folder, so that it leaves none behind.
-
-
-def _search(options: argparse.Namespace, left: list[RunFolder]) -> None:
-    settings = _settings(SearchSettings, options)
-    tasks = load_tasks(settings.tasks)
-    engine = build_engine(tasks, settings)
-    folder = RunFolder.create(options.folder)
-    left.append(folder)
-    print(engine.graph)
-    search(folder, tasks, settings)
-    print(f"The search is in {folder.path}; go on with: {_COMMAND} evaluate {folder.path}")
-
-
-def _evaluate(options: argparse.Namespace, left: list[RunFolder]) -> None:
-    folder = RunFolder(options.folder)
-    retraining = _settings(RetrainSettings, options)
-    searched, found = folder.read_search_settings(), found_in(folder)
-    searches = _for_each_seed(searched, options.seeds or [searched.seed])
-    tasks = load_tasks(options.tasks or searched.tasks)
-    for task in tasks:
-        training_batches(task, retraining, searched.seed)
-    if found.note:
-        print(f"Note: {found.note}", file=sys.stderr)
-    part = folder.new_part(_EVALUATION)
-    left.append(part)
-    with evaluation(part, tasks, retraining) as results:
-        for settings in searches:
-            results.add(found, settings.seed)
-            results.add(drawn_at_random(settings), settings.seed)
-    print(results.summary())
-
-
-def _run(options: argparse.Namespace, left: list[RunFolder]) -> None:
-    searching, retraining = _settings(SearchSettings, options), _settings(RetrainSettings, options)
-    seeds = options.seeds or [searching.seed + i for i in range(3 if options.compare else 1)]
-    searches = _for_each_seed(searching, seeds)
-    tasks = load_tasks(searching.tasks)
-    for task in tasks:
-        training_batches(task, retraining, searching.seed)
-    engine = build_engine(tasks, searching)
-    folder = RunFolder.create(options.folder)
-    left.append(folder)
-    print(engine.graph)
-    single = len(seeds) == 1 and not options.compare
-    with evaluation(folder.new_part(_EVALUATION), tasks, retraining) as results:
-        for settings in searches:
-            place = folder if single else folder.new_part(f"seed_{settings.seed}")
-            candidates = [
-                interleaved(place if single else place.new_part("interleaving"), tasks, settings),
-                drawn_at_random(settings),
-            ]
-            if options.compare:
-                candidates += [by_darts(place.new_part("darts"), task, settings) for task in tasks]
-            for candidate in candidates:
-                results.add(candidate, settings.seed)
-    print(f"\nTest accuracy in per cent after retraining from scratch:\n\n{results.summary()}\n")
-    print(f"Everything is in {folder.path}: drawings, curves, metrics, genotypes.")
-
-
-def _plot(options: argparse.Namespace, left: list[RunFolder]) -> None:
-    folder = RunFolder(options.folder)
-    left.append(folder)
-    draw_run(folder)

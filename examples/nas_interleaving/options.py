@@ -48,9 +48,9 @@ def flag(default: bool, text: str) -> Any:
     return setting(default, text, lambda v: isinstance(v, bool), "true or false")
 
 
-def text(default: str, help_: str) -> Any:
-    """Return a field for any text but an empty one."""
-    return setting(default, help_, lambda v: isinstance(v, str) and bool(v), "a text")
+def text(default: str, help_: str, shown: str = "", *, empty: bool = False) -> Any:
+    """Return a field for a text, which may be empty if that is allowed."""
+    return setting(default, help_, lambda v: isinstance(v, str) and (empty or bool(v)), "a text", shown)
 
 
 def texts(default: tuple[str, ...], text: str, example: str) -> Any:
@@ -58,13 +58,13 @@ def texts(default: tuple[str, ...], text: str, example: str) -> Any:
     return setting(default, text, _are_texts, f'a tuple of texts, e.g. ("{example}",)')
 
 
-def counts(default: tuple[int, ...], text: str, shown: str) -> Any:
-    """Return a field for any number of positive integers."""
+def counts(default: tuple[int, ...], text: str, shown: str, *, least: int = 1) -> Any:
+    """Return a field for any number of integers of at least `least`."""
     return setting(
         default,
         text,
-        lambda v: isinstance(v, tuple) and all(_integer(n) and n > 0 for n in v),
-        "a tuple of positive integers",
+        lambda v: isinstance(v, tuple) and all(_integer(n) and n >= least for n in v),
+        f"a tuple of integers of at least {least}",
         shown,
     )
 

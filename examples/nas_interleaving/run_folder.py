@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count
@@ -98,12 +98,13 @@ class RunFolder:
         """Write a value as JSON."""
         self.write_text(name, json.dumps(value, indent=2))
 
-    def write_config(self, settings: Settings) -> None:
-        """Write the settings, and what else a run depends on."""
+    def write_config(self, settings: Settings, data: Settings | None = None) -> None:
+        """Write the settings, those of the data if they were loaded by name, and what else a run depends on."""
         self.write_json(
             CONFIG,
             {
                 "settings": asdict(settings),
+                **({} if data is None else {"data": asdict(data)}),
                 "command": sys.argv[1:],
                 "versions": {"python": platform.python_version(), "torch": torch.__version__, "mlo": mlo.__version__},
                 "threads": torch.get_num_threads(),
@@ -115,6 +116,10 @@ class RunFolder:
         with _refused(self.path / name, "written"), (self.path / name).open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
+    def write_lines(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write JSON lines as a whole file."""
+        self.write_bytes(name, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
     def read_lines(self, name: str) -> Iterator[dict[str, Any]]:
         """Return the JSON lines of a file, but for a last one that was torn when its writer was killed."""
         with _refused(self.path / name, "read", _A_SEARCH), (self.path / name).open("rb") as file:
@@ -123,9 +128,17 @@ class RunFolder:
                 if content is not None:
                     yield content
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return a JSON object."""
+        return self._read(name, _json_object)
+
     def read_search_settings(self) -> SearchSettings:
         """Return the settings of the search in this folder."""
         return self._read(CONFIG, _search_settings)
+
+    def read_data_settings(self) -> dict[str, Any]:
+        """Return the settings of the data of the search in this folder, as far as they are known."""
+        return self._read(CONFIG, lambda text: dict(_json_object(text).get("data", {})))
 
     def read_status(self) -> dict[str, Any]:
         """Return how far the search has come: its state, steps and seconds."""
@@ -133,7 +146,11 @@ class RunFolder:
 
     def read_genotype(self) -> Genotype:
         """Return the architecture that was found: that of the last step where the search was killed."""
-        return self._read(GENOTYPE, Genotype.from_json) if self.has(GENOTYPE) else self.decode_weights()
+        return self.read_genotype_file(GENOTYPE) if self.has(GENOTYPE) else self.decode_weights()
+
+    def read_genotype_file(self, name: str) -> Genotype:
+        """Return the architecture in a file, whatever else is in the folder."""
+        return self._read(name, Genotype.from_json)
 
     def decode_weights(self, step: int | None = None) -> Genotype:
         """Return the architecture that the weights of a step, by default the last, stand for."""

@@ -13,6 +13,7 @@ import mlo
 from examples.nas_interleaving import plots
 from examples.nas_interleaving.algorithms import build_engine, counted_in_steps, whole_space
 from examples.nas_interleaving.collapse import Watch
+from examples.nas_interleaving.data.settings import DataSettings
 from examples.nas_interleaving.genotype import CELL_KINDS, Genotype
 from examples.nas_interleaving.passes import PassCounter
 from examples.nas_interleaving.phases import Phase, phases, set_skip_dropout
@@ -25,17 +26,25 @@ from examples.nas_interleaving.status import Tracker
 from examples.nas_interleaving.tasks import Task
 
 
-def search(folder: RunFolder, tasks: Sequence[Task], settings: SearchSettings, *, title: str = "search") -> Genotype:
+def search(
+    folder: RunFolder,
+    tasks: Sequence[Task],
+    settings: SearchSettings,
+    data: DataSettings | None = None,
+    *,
+    title: str = "search",
+) -> Genotype:
     """Search an architecture and return it; the folder gets configuration, metrics, genotype and drawings.
 
-    The tasks are those given, whatever names stand in the settings; the folder records the names of those given.
-    An interruption leaves the folder as complete as the search itself, and is raised again.
+    The tasks are those given, whatever names stand in the settings; the folder records the names of those given, and
+    the settings by which they were loaded. An interruption leaves the folder as complete as the search itself, and is
+    raised again.
     """
     settings = counted_in_steps(tasks, settings)
     run = _Search(folder, tasks, settings)
     try:
         with Tracker(folder, "steps") as status:
-            folder.write_config(replace(settings, tasks=tuple(task.name for task in tasks)))
+            folder.write_config(replace(settings, tasks=tuple(task.name for task in tasks)), data)
             if settings.algorithm == RANDOM:
                 folder.write_text(GENOTYPE, Genotype.random(settings.nodes, settings.seed).to_json())
             else:
