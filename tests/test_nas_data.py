@@ -409,7 +409,10 @@ def test_a_corrupt_cifar_file_is_named_and_a_missing_one_described(tmp_path, mon
     base = _write_cifar(tmp_path, _cifar("cifar10"), _pictures((40, 20), 3, 32), monkeypatch)
     good = (base / "data_batch_3").read_bytes()
     (base / "data_batch_3").write_bytes(good[:-1])
-    _refused("cifar10", f"task 'cifar10': {base}/data_batch_3 is corrupt: its MD5 sum is not", data=str(tmp_path))
+    _refused("cifar10", rf"task 'cifar10': corrupt by their MD5 sums: {base}/data_batch_3\.", data=str(tmp_path))
+    (base / "data_batch_3").write_bytes(good)
+    (base / "batches.meta").write_bytes(b"")
+    _refused("cifar10", f"corrupt by their MD5 sums: {base}/batches.meta", data=str(tmp_path))
     (base / "data_batch_3").unlink()
     text = _refused("cifar10", "task 'cifar10': no data found", data=str(tmp_path))
     for part in (str(base), "data_batch_3", "cifar-10-python.tar.gz", "option download", "MLO_DATA"):

@@ -37,12 +37,17 @@ def _read(reader: Any, classes: int, options: DataSettings) -> Source:
     elif not all((folder / file).is_file() for file in checksums):
         remedy = f"They are in {reader.filename} from {reader.url}, to be unpacked in {options.data}. "
         raise missing([folder], f"the files {', '.join(checksums)}", remedy, options)
-    intact = torchvision().datasets.utils.check_integrity
-    for file, md5 in checksums.items():
-        if not intact(folder / file, md5):
-            raise DataError(f"{folder / file} is corrupt: its MD5 sum is not {md5}. Get the file anew.")
-    train, test = (_images(reader(options.data, train=train)) for train in (True, False))
+    try:
+        train, test = (_images(reader(options.data, train=train)) for train in (True, False))
+    except RuntimeError as error:  # which does not say what file it is about
+        raise _corrupt(folder, checksums) from error
     return StoredSource(train, test, classes, padding=_PADDING, flip=True, options=options)
+
+
+def _corrupt(folder: Path, checksums: dict[str, str]) -> DataError:
+    intact = torchvision().datasets.utils.check_integrity
+    files = ", ".join(str(folder / file) for file, md5 in checksums.items() if not intact(folder / file, md5))
+    return DataError(f"corrupt by their MD5 sums: {files}. Get them anew.")
 
 
 def _images(read: Any) -> tuple[Tensor, np.ndarray]:
