@@ -18,6 +18,7 @@ Edge = tuple[str, int]
 Cell = tuple[tuple[Edge, Edge], ...]
 
 CELL_KINDS = ("normal", "reduction")
+_SKIP = OPERATION_NAMES.index("skip_connect")
 _CHOICES = tuple(name for name in OPERATION_NAMES if name != "none")
 
 
@@ -39,14 +40,22 @@ class Genotype:
         return len(self.normal)
 
     @classmethod
-    def decode(cls, weights: Mapping[str, Tensor]) -> Genotype:
+    def decode(cls, weights: Mapping[str, Tensor], max_skips: int | None = None) -> Genotype:
         """Keep, for each node, the two edges whose best operation other than "none" weighs most.
 
         Args:
             weights: for "normal" and "reduction" a (edges, operations) tensor, rows ordered by node, then by input.
+            max_skips: most skip connections of the normal cell, as in P-DARTS (Chen et al., ICCV 2019, section 3.3):
+                the lightest one loses its weight and the cell is decoded anew, until there are no more than these.
 
         """
-        return cls(**{kind: _decoded(weights[kind].tolist()) for kind in CELL_KINDS})
+        rows = {kind: weights[kind].tolist() for kind in CELL_KINDS}
+        normal = _decoded(rows["normal"])
+        while max_skips is not None and len(skips := _skips(normal)) > max_skips:
+            _, lightest = min((rows["normal"][row][_SKIP], row) for row in skips)
+            rows["normal"][lightest][_SKIP] = -1.0
+            normal = _decoded(rows["normal"])
+        return cls(normal, _decoded(rows["reduction"]))
 
     @classmethod
     def random(cls, nodes: int, seed: int) -> Genotype:
@@ -80,6 +89,13 @@ class Genotype:
         if len(cells["normal"]) != len(cells["reduction"]):
             raise ValueError("a genotype has as many nodes in the normal cell as in the reduction cell.")
         return cls(**cells)
+
+
+def _skips(cell: Cell) -> list[int]:
+    """Return the rows of the edges that are skip connections."""
+    return [
+        edge_count(node) + state for node, edges in enumerate(cell) for name, state in edges if name == "skip_connect"
+    ]
 
 
 def _decoded(rows: Sequence[Sequence[float]]) -> Cell:
