@@ -18,6 +18,7 @@ from examples.nas_interleaving.data.settings import DataSettings
 from examples.nas_interleaving.interruption import exit_status, terminable
 from examples.nas_interleaving.options import SettingsError
 from examples.nas_interleaving.presets import PRESETS
+from examples.nas_interleaving.published import PUBLISHED
 from examples.nas_interleaving.run_folder import RunFolder, RunFolderError
 from examples.nas_interleaving.search_settings import SearchSettings
 from examples.nas_interleaving.settings import RetrainSettings
@@ -74,8 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         add_settings(search, kind)
 
     text = "retrain an architecture from scratch, and test it"
+    where = f"folder of a search, a genotype's JSON file, or a published cell: {', '.join(PUBLISHED)}"
     evaluate = _command(to, "evaluate", commands.evaluate, text, " ARCHITECTURE")
-    evaluate.add_argument("architecture", metavar="ARCHITECTURE", help="folder of a search, or a genotype's JSON file")
+    evaluate.add_argument("architecture", metavar="ARCHITECTURE", help=where)
     add_new_folder(evaluate, "new folder for the results, unless the architecture is that of a search")
     evaluate.add_argument(
         "--tasks", nargs="+", action="extend", metavar="TASK", help="tasks (default: those of the search)"
@@ -107,7 +109,7 @@ def _table(
         "--jobs", type=positive, default=1, metavar="N", help="processes, each with one thread if several (default: 1)"
     )
     add_settings(parser, kind)
-    add_settings(parser, SearchSettings, without=("algorithm", "seed", "epochs", "warmup_epochs"))
+    add_settings(parser, SearchSettings, without=("algorithm", "seed"))
     add_settings(parser, RetrainSettings)
     add_settings(parser, DataSettings)
 

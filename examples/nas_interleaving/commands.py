@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from examples.nas_interleaving.algorithms import build_engine
+from examples.nas_interleaving.algorithms import build_engine, counted_in_steps
 from examples.nas_interleaving.command_options import given_settings, read_settings
 from examples.nas_interleaving.comparison import Candidate, drawn_at_random, evaluation, found_in
 from examples.nas_interleaving.data.settings import DataSettings
@@ -17,6 +17,7 @@ from examples.nas_interleaving.options import SettingsError
 from examples.nas_interleaving.outlier import load
 from examples.nas_interleaving.plots import draw_run
 from examples.nas_interleaving.presets import PRESETS
+from examples.nas_interleaving.published import find_genotype
 from examples.nas_interleaving.retrain import training_batches
 from examples.nas_interleaving.run_folder import RunFolder
 from examples.nas_interleaving.search import search
@@ -78,8 +79,9 @@ def evaluate(options: argparse.Namespace, left: list[RunFolder]) -> None:
     preset = _preset(options)
     retraining, data = read_settings(RetrainSettings, options, preset), given_settings(DataSettings, options, preset)
     path = Path(options.architecture)
-    if path.is_file() or not path.exists():
-        found, names, seeds = _named(options.architecture), options.tasks, options.seeds or [0]
+    if not path.is_dir():
+        found = Candidate(path.stem, find_genotype(options.architecture))
+        names, seeds = options.tasks, options.seeds or [0]
         if not names:
             raise SettingsError("tasks: expected those to test on, since the architecture is not that of a search.")
     else:
@@ -101,12 +103,6 @@ def evaluate(options: argparse.Namespace, left: list[RunFolder]) -> None:
             if found.name != RANDOM:
                 results.add(drawn_at_random(found.genotype.nodes, seed), seed)
     print(results.summary())
-
-
-def _named(text: str) -> Candidate:
-    """Return the architecture in a file."""
-    path = Path(text)
-    return Candidate(path.stem, RunFolder(path.parent).read_genotype_file(path.name))
 
 
 def compare(options: argparse.Namespace, left: list[RunFolder]) -> None:
@@ -135,7 +131,8 @@ def _fill_table(
         if not isinstance(plan.table, kind):
             raise SettingsError(f"{options.folder} holds a table of the other kind; expected a folder of its own.")
         preset = _preset(options)
-        for stored in (plan.table, plan.search, plan.retraining, plan.data):
+        same_or_refused(plan.search, _given_search(options, preset))
+        for stored in (plan.table, plan.retraining, plan.data):
             same_or_refused(stored, given_settings(type(stored), options, preset))
     else:
         plan = _new_plan(options, kind)
@@ -153,22 +150,22 @@ def _fill_table(
 
 def _new_plan(options: argparse.Namespace, kind: type[CompareSettings | AblateSettings]) -> TablePlan:
     preset = _preset(options)
+    search = SearchSettings.from_dict(_given_search(options, preset))
+    data = read_settings(DataSettings, options, preset)
     plan = TablePlan(
         read_settings(kind, options, preset),
-        read_settings(SearchSettings, options, preset),
+        search,
+        counted_in_steps(load(search.tasks, data), search),
         read_settings(RetrainSettings, options, preset),
-        read_settings(DataSettings, options, preset),
+        data,
     )
-    cells = plan.cells()
-    tasks: dict[str, Task] = {}
-    for settings in {s.tasks: s for cell in cells for s in cell.searches if s.algorithm != RANDOM}.values():
-        missing = [name for name in settings.tasks if name not in tasks]
-        tasks |= {task.name: task for task in load(missing, plan.data)} if missing else {}
-    for label in dict.fromkeys(cell.label for cell in cells):
-        for settings in next(cell for cell in cells if cell.label == label).searches:
-            _graph([tasks.get(name) or load([name], plan.data)[0] for name in settings.tasks], settings)
-    for task in tasks.values():
-        training_batches(task, plan.retraining, 0)
+    searches = [settings for cell in plan.cells() if cell.seed == plan.table.seeds[0] for settings in cell.searches]
+    names = dict.fromkeys(name for settings in searches for name in settings.tasks)
+    tasks = {task.name: task for task in load(list(names), data)}
+    for settings in searches:
+        _graph([tasks[name] for name in settings.tasks], settings)
+    for name in search.tasks:
+        training_batches(tasks[name], plan.retraining, 0)
     return plan
 
 
@@ -176,18 +173,27 @@ def _preset(options: argparse.Namespace) -> Mapping[str, Any]:
     return PRESETS[options.preset] if options.preset else {}
 
 
-def _search_settings(options: argparse.Namespace, preset: Mapping[str, Any]) -> SearchSettings:
-    """Return the settings of one search; an algorithm of one round has one unless more are asked for."""
-    given = given_settings(SearchSettings, options, preset)
-    algorithm = given.get("algorithm", SearchSettings.algorithm)
-    if algorithm in ONE_ROUND:
-        given.setdefault("rounds", 1)
-    settings = SearchSettings.from_dict(given)
-    refuse_unread(algorithm, given_settings(SearchSettings, options))
+def _given_search(options: argparse.Namespace, preset: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a search that are given, all counted in steps or all in epochs."""
     for of_steps, of_epochs in (("steps", "epochs"), ("warmup", "warmup_epochs")):
         if getattr(options, of_steps) is not None and getattr(options, of_epochs) is not None:
             raise SettingsError(f"{of_steps} and {of_epochs} are both given; expected one of them.")
-    return settings
+    given = given_settings(SearchSettings, options, preset)
+    if options.steps is not None:
+        given = {name: value for name, value in given.items() if name not in ("epochs", "warmup_epochs")}
+    elif options.warmup is not None and given.get("epochs"):
+        raise SettingsError(f"warmup counts steps, and epochs = {given['epochs']} are given. Give warmup_epochs.")
+    return given
+
+
+def _search_settings(options: argparse.Namespace, preset: Mapping[str, Any]) -> SearchSettings:
+    """Return the settings of one search; an algorithm of one round has one unless more are asked for."""
+    given = _given_search(options, preset)
+    algorithm = given.get("algorithm", SearchSettings.algorithm)
+    if algorithm in ONE_ROUND:
+        given.setdefault("rounds", 1)
+    refuse_unread(algorithm, given_settings(SearchSettings, options))
+    return SearchSettings.from_dict(given)
 
 
 def _graph(tasks: Sequence[Task], settings: SearchSettings) -> str:

@@ -146,11 +146,7 @@ class RunFolder:
 
     def read_genotype(self) -> Genotype:
         """Return the architecture that was found: that of the last step where the search was killed."""
-        return self.read_genotype_file(GENOTYPE) if self.has(GENOTYPE) else self.decode_weights()
-
-    def read_genotype_file(self, name: str) -> Genotype:
-        """Return the architecture in a file, whatever else is in the folder."""
-        return self._read(name, Genotype.from_json)
+        return self._read(GENOTYPE, Genotype.from_json) if self.has(GENOTYPE) else self.decode_weights()
 
     def decode_weights(self, step: int | None = None) -> Genotype:
         """Return the architecture that the weights of a step, by default the last, stand for."""

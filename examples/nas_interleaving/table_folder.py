@@ -32,6 +32,7 @@ class TablePlan:
     Attributes:
         table: what is compared.
         search: settings that all searches share.
+        counted: the same, counted in steps, by which budgets are made equal.
         retraining: of the networks.
         data: of all tasks.
 
@@ -39,6 +40,7 @@ class TablePlan:
 
     table: CompareSettings | AblateSettings
     search: SearchSettings
+    counted: SearchSettings
     retraining: RetrainSettings
     data: DataSettings
 
@@ -49,12 +51,10 @@ class TablePlan:
             SettingsError: a row cannot be understood, or its settings do not go together.
 
         """
-        if self.search.epochs:
-            raise SettingsError("epochs: expected steps in a table, by which its searches get equal budgets.")
         table = self.table
-        variants = compared(table) if isinstance(table, CompareSettings) else ablated(table, self.search)
+        variants = compared(table) if isinstance(table, CompareSettings) else ablated(table, self.counted)
         return [
-            Cell(variant.label, seed, tuple(variant.searches(self.search, table.budget, seed)))
+            Cell(variant.label, seed, tuple(variant.searches(self.counted, table.budget, seed)))
             for seed in table.seeds
             for variant in variants
         ]
@@ -66,6 +66,7 @@ class TablePlan:
             "kind": kind,
             "table": asdict(self.table),
             "search": asdict(self.search),
+            "counted": asdict(self.counted),
             "retraining": asdict(self.retraining),
             "data": asdict(self.data),
         }
@@ -86,6 +87,7 @@ class TablePlan:
             return cls(
                 kinds[values["kind"]].from_dict(values["table"]),
                 SearchSettings.from_dict(values["search"]),
+                SearchSettings.from_dict(values["counted"]),
                 RetrainSettings.from_dict(values["retraining"]),
                 DataSettings.from_dict(values["data"]),
             )
