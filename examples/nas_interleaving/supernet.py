@@ -86,8 +86,8 @@ class MixedCell(nn.Module):
     def __init__(self, space: SearchSpace, channels: int, reduction: bool) -> None:
         super().__init__()
         self.kind = "reduction" if reduction else "normal"
-        self._partial_channels = space.partial_channels
-        self._nodes = nodes = space.nodes
+        self.space = space
+        nodes = space.nodes
         first_row = [edge_count(i) for i in range(nodes)]
         self._targets = [range(max(0, state - 1), nodes) for state in range(nodes + 1)]
         self._rows = [[first_row[node] + state for node in nodes_] for state, nodes_ in enumerate(self._targets)]
@@ -105,7 +105,7 @@ class MixedCell(nn.Module):
     def forward(self, s0: Tensor, s1: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Return the intermediate nodes side by side, (N, nodes·C, H', W')."""
         states: list[Tensor] = [s0, s1]
-        sums: list[Tensor | None] = [None] * self._nodes
+        sums: list[Tensor | None] = [None] * self.space.nodes
         for state, edges in enumerate(self.edges):
             out = edges(states[state], weights[self.kind][self._rows[state]])
             for node, term in zip(self._targets[state], out.unbind(1), strict=True):
@@ -118,9 +118,9 @@ class MixedCell(nn.Module):
         return torch.cat(states[2:], dim=1)
 
     def _shuffled(self, x: Tensor) -> Tensor:
-        if self._partial_channels == 1:
+        if self.space.partial_channels == 1:
             return x
-        return x.unflatten(1, (self._partial_channels, -1)).transpose(1, 2).flatten(1, 2)
+        return x.unflatten(1, (self.space.partial_channels, -1)).transpose(1, 2).flatten(1, 2)
 
 
 class Encoder(nn.Module):
