@@ -12,12 +12,14 @@ import threading
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from examples.nas_interleaving.cli import main
 from examples.nas_interleaving.data import idx
 from examples.nas_interleaving.data.augmentation import ShiftAndFlip, cutout
 from examples.nas_interleaving.data.imagenet import views
@@ -195,6 +197,9 @@ def test_a_smaller_image_holds_averages():
     assert small.dtype == torch.uint8
     assert (small[:, 0].double() - 20).abs().max() <= 2
     assert (small[:, 3].double() - 220).abs().max() <= 2
+    noise = torch.randint(0, 256, (20, 3, 28, 28), dtype=torch.uint8)
+    expected = torchvision().transforms.v2.functional.resize(noise, [8, 8], antialias=True)
+    assert torch.equal(resized(noise, DataSettings(image_size=8)), expected)
 
 
 def test_images_are_normalised_by_the_training_half(tmp_path):
@@ -527,6 +532,22 @@ def test_photographs_that_are_missing_or_corrupt_are_named(tmp_path):
     _refused("imagenet", f"task 'imagenet': {folder}/train: .*classes a", data=data)
     (folder / "train" / "c").mkdir()
     _refused("imagenet", "expected the same classes in train and val; in only one: c", data=data)
+
+
+def test_an_image_that_turns_out_corrupt_in_a_search_ends_it_with_its_name(tmp_path, capsys):
+    _write_photographs(tmp_path / "imagenet", ["a", "b"], (80, 1))
+    options = DataSettings(data=str(tmp_path), image_size=8)
+    (task,) = load_tasks(["imagenet"], options)
+    files, index = task.train._files.samples, task.train._index
+    looked_at = {i * (len(index) - 1) // 31 for i in range(32)}
+    file = files[index[next(i for i in range(len(index)) if i not in looked_at)]][0]
+    Path(file).write_bytes(b"no picture")
+    torch.set_default_dtype(torch.float32)
+    flags = ["--tasks", "imagenet", "--data", str(tmp_path), "--image-size", "8", "--folder", str(tmp_path / "run")]
+    small = ["--channels", "2", "--nodes", "1", "--batch-size", "40", "--steps", "3", "--warmup", "2", "--rounds", "1"]
+    assert main(["search", *flags, *small]) == 2
+    assert f"{file} cannot be read" in capsys.readouterr().err
+    assert (tmp_path / "run" / "status.json").exists(), "the search had begun"
 
 
 def test_torchvision_is_there_and_other_faults_of_it_are_not_hidden(monkeypatch):

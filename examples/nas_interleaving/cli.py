@@ -14,6 +14,7 @@ import mlo
 from examples.nas_interleaving import commands
 from examples.nas_interleaving.command_options import add_new_folder, add_settings, positive
 from examples.nas_interleaving.commands import COMMAND, Command
+from examples.nas_interleaving.data.labelled_images import DataError
 from examples.nas_interleaving.data.settings import DataSettings
 from examples.nas_interleaving.interruption import exit_status, terminable
 from examples.nas_interleaving.options import SettingsError
@@ -23,7 +24,6 @@ from examples.nas_interleaving.run_folder import RunFolder, RunFolderError
 from examples.nas_interleaving.search_settings import SearchSettings
 from examples.nas_interleaving.settings import RetrainSettings
 from examples.nas_interleaving.table_settings import AblateSettings, CompareSettings
-from examples.nas_interleaving.tasks import TaskError
 
 _REFUSED = 2
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminable():
             options.command(options, left)
-    except (SettingsError, TaskError, RunFolderError, mlo.ConfigurationError) as error:
+    except (SettingsError, DataError, RunFolderError, mlo.ConfigurationError) as error:
         print(f"{COMMAND}: {error}", file=sys.stderr)
         return _REFUSED
     except KeyboardInterrupt as interruption:

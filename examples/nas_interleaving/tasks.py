@@ -19,7 +19,7 @@ from examples.nas_interleaving.data.sources import SOURCES
 PARTS = ("train", "validation", "final_train", "test")
 
 
-class TaskError(ValueError):
+class TaskError(DataError):
     """A task's name cannot be understood, its data cannot be used, or tasks do not go together."""
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from examples.nas_interleaving.data.images import Images, Item
 from examples.nas_interleaving.data.settings import DataSettings
 from examples.nas_interleaving.data.splits import Split
-from examples.nas_interleaving.data.vision import torchvision
 
 Change = Callable[[Tensor, Generator], Tensor]
 
@@ -105,8 +105,9 @@ def _numbered(labels: np.ndarray, classes: Sequence[int]) -> Tensor:
 
 
 def resized(pixels: Tensor, options: DataSettings) -> Tensor:
-    """Return images of the size that is asked for: averages over the pixels that lie in a larger one."""
+    """Return images of the size that is asked for, each pixel a weighted average of those in its place."""
     size = options.image_size
     if size == 0 or tuple(pixels.shape[2:]) == (size, size):
         return pixels
-    return torchvision().transforms.v2.functional.resize(pixels, [size, size], antialias=True)
+    # What torchvision's resize does, without the second that its import takes.
+    return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
