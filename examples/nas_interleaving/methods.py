@@ -5,37 +5,77 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import mlo
 from examples.nas_interleaving.options import SettingsError
 
 METHODS: dict[str, type[mlo.HypergradientMethod]] = {
     "finite-difference": mlo.FiniteDifference,
-    "neumann": mlo.Neumann,
+    "unroll": mlo.Unroll,
     "conjugate-gradient": mlo.ConjugateGradient,
+    "minres": mlo.MINRES,
+    "gmres": mlo.GMRES,
+    "nystrom": mlo.Nystrom,
+    "neumann": mlo.Neumann,
     "identity": mlo.Identity,
-    "stop-gradient": mlo.StopGradient,
+    "adaptive-identity": mlo.AdaptiveIdentity,
     "dense": mlo.Dense,
+    "soba": mlo.SOBA,
+    "f2sa": mlo.F2SA,
+    "stop-gradient": mlo.StopGradient,
 }
+PRODUCTS = {
+    "double-backward": mlo.DoubleBackward,
+    "forward-over-reverse": mlo.ForwardOverReverse,
+    "central-differences": mlo.CentralDifferences,
+}
+
+#: Fields of methods that a text cannot give.
+_OBJECTS = ("preconditioner",)
 
 
 def parse_method(text: str) -> mlo.HypergradientMethod:
-    """Return the method that e.g. `"neumann:terms=5,scale=0.1"` describes."""
+    """Return the method that e.g. `"neumann:terms=5,scale=0.1"` describes.
+
+    `product=` takes a name of `PRODUCTS`, and behind central differences a length: `product=central-differences@0.01`.
+    """
     name, _, rest = text.partition(":")
     if name not in METHODS:
         raise SettingsError(f"method {text!r}: unknown name {name!r}; expected one of {', '.join(METHODS)}.")
     kind = METHODS[name]
+    known = [f.name for f in fields(kind) if f.name not in _OBJECTS]
     options = {}
     for part in rest.split(",") if rest else ():
         key, sign, value = part.partition("=")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise SettingsError(f"method {text!r}: expected option=value, got {part!r}.") from None
-        if not sign or key not in {f.name for f in fields(kind)}:
-            known = ", ".join(f.name for f in fields(kind)) or "none"
-            raise SettingsError(f"method {text!r}: unknown option {key!r}; {name} has {known}.")
-    return kind(**options)
+        if not sign or not value:
+            raise SettingsError(f"method {text!r}: expected option=value, got {part!r}.")
+        if key not in known:
+            raise SettingsError(f"method {text!r}: unknown option {key!r}; {name} has {', '.join(known) or 'none'}.")
+        options[key] = _product(text, value) if key == "product" else _value(value)
+    try:
+        return kind(**options)
+    except TypeError as error:  # an option without a default
+        raise SettingsError(f"method {text!r}: {error}; {name} has {', '.join(known)}.") from None
+
+
+def _value(text: str) -> Any:
+    """Return a number, None or a truth value; any other text stands for itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _product(text: str, value: str) -> Any:
+    name, sign, length = value.partition("@")
+    if name not in PRODUCTS:
+        raise SettingsError(f"method {text!r}: unknown product {name!r}; expected one of {', '.join(PRODUCTS)}.")
+    if not sign:
+        return PRODUCTS[name]()
+    if name != "central-differences":
+        raise SettingsError(f"method {text!r}: expected a length behind central-differences alone, got {value!r}.")
+    return mlo.CentralDifferences(epsilon=_value(length))
 
 
 def stage_methods(texts: Sequence[str], stages: Sequence[str]) -> dict[str, mlo.HypergradientMethod]:
