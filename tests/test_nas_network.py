@@ -120,6 +120,16 @@ def test_a_mixed_cell_is_what_the_papers_define(reduction, space, uneven):
     torch.testing.assert_close(cell(s0, s1, edge_weights(space, logits)), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("space", ["darts", "pc-darts"])
+def test_an_uneven_cell_runs_in_lower_precision(space):
+    space = _uneven(search_space(space, 4))
+    cell, weights = MixedCell(space, WIDTH, True).float(), Architecture(space).float().weights()
+    s0, s1 = torch.randn(2, 3, WIDTH, 6, 6, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = cell(s0.bfloat16(), s1.bfloat16(), weights)
+    torch.testing.assert_close(low.float(), cell(s0, s1, weights), rtol=0.1, atol=0.1)
+
+
 def test_a_state_all_of_whose_edges_are_absent_gives_nothing():
     edges = MixedEdges(4, 2, [("none",), ("none",)])
     assert torch.equal(edges(torch.randn(3, 4, 5, 7), torch.rand(2, 8)), torch.zeros(3, 2, 4, 3, 4))

@@ -63,13 +63,14 @@ class MixedEdges(nn.Module):
             else:
                 # Out of place: the sum so far may be needed for the gradient of an operation.
                 index = torch.tensor(edges, device=x.device)
-                total = self._nothing(x, len(weights)) if total is None else total
-                total = total.index_add(1, index, _spread(column[index]) * run(x))
-        return self._nothing(x, len(weights)) if total is None else total
+                term = _spread(column[index]) * run(x)
+                total = term.new_zeros(self._shape(x, len(weights))) if total is None else total
+                total = total.index_add(1, index, term)
+        return x.new_zeros(self._shape(x, len(weights))) if total is None else total
 
-    def _nothing(self, x: Tensor, edges: int) -> Tensor:
+    def _shape(self, x: Tensor, edges: int) -> tuple[int, ...]:
         count, channels, height, width = x.shape
-        return x.new_zeros(count, edges, channels, -(-height // self._stride), -(-width // self._stride))
+        return count, edges, channels, -(-height // self._stride), -(-width // self._stride)
 
 
 def _spread(weights: Tensor) -> Tensor:
