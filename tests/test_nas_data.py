@@ -148,6 +148,15 @@ def test_idx_files_are_found_wherever_they_may_lie(name, place, zipped, tmp_path
     assert sorted(_raw(task.test)) == sorted(_given(*test))
 
 
+@pytest.mark.skipif(not idx._PACKAGE.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+def test_the_real_fashion_mnist_is_read_whole(tmp_path):
+    (task,) = load_tasks(["fashion-mnist"], DataSettings(data=str(tmp_path), image_size=8))
+    assert [len(getattr(task, part)) for part in PARTS] == [30_000, 30_000, 60_000, 10_000]
+    for part, count in zip(PARTS, (3000, 3000, 6000, 1000), strict=True):
+        labels = torch.cat([labels for _, labels in task.in_order(part, 1000)])
+        assert labels.bincount().tolist() == [count] * 10
+
+
 def test_halves_are_disjoint_even_in_every_class_and_the_same_in_every_task(tmp_path):
     train, test = _write_idx(tmp_path / "mnist")
     options = DataSettings(data=str(tmp_path))
@@ -501,6 +510,7 @@ def test_changes_of_photographs_depend_on_the_seed_alone(workers, tmp_path):
         assert loader.num_workers == workers
         return [images for _ in range(2) for images, _ in loader]
 
+    assert task.in_order("test").num_workers == workers
     before = torch.get_rng_state()
     first, again, other = two_passes("train", 1), two_passes("train", 1), two_passes("train", 2)
     assert torch.equal(torch.get_rng_state(), before), "the draws of others are left alone"
