@@ -477,6 +477,8 @@ def test_photographs_are_read_from_folders(tmp_path):
     assert _colours(some.test) == [(c, (2, 0)[c], i, 1) for c in range(2) for i in range(4)]
     assert sorted(_colours(some.train) + _colours(some.validation)) == _colours(some.final_train)
     assert [label for label, *_ in _colours(some.train)] == [0, 0, 0, 1, 1, 1]
+    halves = [{tuple(colour) for _, *colour in _colours(task.train)} for task in (whole, some)]
+    assert halves[1] < halves[0], "the halves of a class are the same in every task"
     (limited,) = load_tasks(
         ["imagenet"], DataSettings(data=str(tmp_path), image_size=16, images_per_class=4, test_images_per_class=1)
     )

@@ -52,8 +52,8 @@ class ImageNet(Source):
     def parts(self, classes: Sequence[int]) -> dict[str, Dataset]:
         """Return the parts of a task: halves of train/ for train and validation, val/ for the test."""
         found = {part: self._find(part, classes) for part in _PARTS}
-        labels = {part: np.array(files.targets) for part, files in found.items()}
-        split = with_own_test(labels["train"], labels["val"], range(len(classes)), self._options)
+        labels = {part: np.array(classes)[files.targets] for part, files in found.items()}
+        split = with_own_test(labels["train"], labels["val"], classes, self._options)
         plain, changed = views(self._options.image_size or _SIZE)
         return {
             part: ImageFiles(
