@@ -183,9 +183,15 @@ def test_the_table_is_complete():
         assert hasattr(make(DOUBLE), "product") == (name not in WITHOUT_PRODUCT), name
 
 
-def test_every_docstring_has_a_cost_a_source_and_an_example():
+def test_every_docstring_has_an_equation_a_condition_a_cost_a_source_and_an_example():
+    """The equation, and the condition under which it is right, stand before the options and the cost."""
     for thing in {type(make(DOUBLE)) for make, _ in METHODS.values()} | {type(p) for p in PRODUCTS.values()}:
         text = thing.__doc__
+        before = text.partition("Cost: ")[0].partition("Args:")[0]
+        assert any(sign in before for sign in "=≈↦←"), (thing, before)
+        assert any(word in before.lower() for word in ("converge", "exact", "right", "good where")), (thing, before)
+        example = text.partition(">>> import mlo, torch\n")[2].split("\n")
+        assert any(line and not line.lstrip().startswith((">>>", "...")) for line in example), (thing, example)
         for needed in ("Cost: ", "Source: ", ">>> import mlo, torch\n"):
             assert needed in text, (thing, needed)
         cost = text.partition("Cost: ")[2].partition("Source: ")[0]

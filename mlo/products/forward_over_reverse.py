@@ -19,7 +19,7 @@ from mlo.vectors import Vector
 
 @dataclass(frozen=True)
 class ForwardOverReverse(Product):
-    """Hᵀv and Gᵀv as the tangents of ∂L/∂θ and ∂L/∂x along v: dual numbers through both passes.
+    """Hᵀv = ∂/∂ε ∂L/∂θ(θ + εv) at ε = 0, and Gᵀv likewise with ∂L/∂x: dual numbers through both passes.
 
     Exact to rounding where ∂²L/∂θ² is symmetric, as it is for every loss without a stop-gradient inside: it is H·v
     that forward mode forms.
