@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import mlo
@@ -53,10 +53,10 @@ def parse_method(text: str) -> mlo.HypergradientMethod:
         if key not in known:
             raise SettingsError(f"method {text!r}: unknown option {key!r}; {name} has {', '.join(known) or 'none'}.")
         options[key] = _product(text, value) if key == "product" else _value(value)
-    try:
-        return kind(**options)
-    except TypeError as error:  # an option without a default
-        raise SettingsError(f"method {text!r}: {error}; {name} has {', '.join(known)}.") from None
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    if not set(needed) <= set(options):
+        raise SettingsError(f"method {text!r}: {name} needs {' and '.join(needed)}, which have no default.")
+    return kind(**options)
 
 
 def _value(text: str) -> Any:

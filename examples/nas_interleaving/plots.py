@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
 from examples.nas_interleaving.genotype import CELL_KINDS, Cell, Genotype, edge_count
-from examples.nas_interleaving.interleaving import ARCHITECTURE, stage_names
+from examples.nas_interleaving.interleaving import stage_names
 from examples.nas_interleaving.operations import OPERATION_NAMES
 from examples.nas_interleaving.run_folder import METRICS, WEIGHTS, RunFolder
+from examples.nas_interleaving.stages import ARCHITECTURE
 
 CELLS_PNG = "cells.png"
 LOSSES_PNG = "losses.png"
