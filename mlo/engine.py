@@ -121,10 +121,11 @@ class Engine:
         """Let a problem take its steps, or none where it takes none; yield what must be solved before each."""
         outcome = self._reason_not_to_step(member)
         if outcome is None:
-            start_over(member, self._members)
             steps = member.problem.steps
             for step in range(steps):
                 yield from self._stale_responses(member)
+                if step == 0:  # what it starts from may be one of them
+                    start_over(member, self._members)
                 begin_recording(self.graph, self._members, member, steps - step)
                 self._update(member, last=step == steps - 1)
         else:

@@ -330,6 +330,8 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
 
 def test_evaluating_what_is_no_search_is_refused(tmp_path, searched, capsys):
     assert main(["evaluate", str(tmp_path / "nothing")]) == 2
+    assert "No such file or directory" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path)]) == 2
     assert "No such file or directory. Expected the folder of a search." in capsys.readouterr().err
     (searched / "genotype.json").write_text('{"normal": []}')
     assert main(["evaluate", str(searched)]) == 2
@@ -373,10 +375,25 @@ def test_a_folder_that_cannot_be_made_is_refused(place, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("command", ["evaluate", "plot"])
-def test_a_file_is_no_search(command, capsys):
-    assert main([command, str(ROOT / "README.md")]) == 2
+def test_a_file_is_no_search(capsys):
+    assert main(["plot", str(ROOT / "README.md")]) == 2
     assert "README.md/config.json cannot be read: Not a directory. Expected the folder" in capsys.readouterr().err
+    assert main(["evaluate", str(ROOT / "README.md"), "--tasks", "digits"]) == 2
+    assert "README.md': " in capsys.readouterr().err
+
+
+def test_an_architecture_of_no_search_is_tested_on_the_tasks_that_are_given(tmp_path, searched, capsys):
+    flags = [*RETRAIN_FLAGS, "--tasks", "digits:0-1", "--seeds", "3"]
+    assert main(["evaluate", str(searched / "genotype.json"), *RETRAIN_FLAGS]) == 2
+    assert "tasks: expected those to test on" in capsys.readouterr().err
+    for number, where in enumerate(("DARTS_V2", str(searched / "genotype.json"))):
+        folder = tmp_path / f"transfer_{number}"
+        assert main(["evaluate", where, *flags, "--folder", str(folder)]) == 0
+        results = _lines(folder / "results.jsonl")
+        assert [(r["architecture"], r["task"], r["seed"]) for r in results] == [
+            (name, "digits:0-1", 3) for name in (Path(where).stem, "random")
+        ]
+        assert json.loads((folder / "status.json").read_text())["state"] == "complete"
 
 
 @pytest.mark.parametrize(

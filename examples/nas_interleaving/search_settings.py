@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from examples.nas_interleaving.operations import OPERATION_NAMES
 from examples.nas_interleaving.options import (
     Settings,
     SettingsError,
@@ -175,6 +176,14 @@ class SearchSettings(Settings):
             raise SettingsError(
                 f"shrink_cells = {self.shrink_cells}, shrink_operations = {self.shrink_operations}, skip_dropout = "
                 f"{self.skip_dropout}: expected as many numbers in each, one for each phase."
+            )
+        if phases and (self.stop_on_skips or self.stop_on_eigenvalue):
+            raise SettingsError(
+                "shrink_operations: expected none where stop_on_skips or stop_on_eigenvalue end a search."
+            )
+        if phases and self.shrink_operations[0] != len(OPERATION_NAMES):
+            raise SettingsError(
+                f"shrink_operations = {self.shrink_operations}: expected all {len(OPERATION_NAMES)} in the first phase."
             )
         if any(
             later > earlier for earlier, later in zip(self.shrink_operations, self.shrink_operations[1:], strict=False)
