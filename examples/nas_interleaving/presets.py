@@ -44,7 +44,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "retrain_cells": 2,
         "retrain_epochs": 2,
     },
-    # Everything that DARTS has in small: minutes on a CPU, on images of about 8×8 pixels.
+    # Everything that DARTS has in small, for images of about 8×8 pixels.
     "cpu-small": {
         "cells": 3,
         "channels": 4,

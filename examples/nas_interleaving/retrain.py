@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,8 @@ class _Training:
     def __init__(self, network: Network, settings: RetrainSettings, seed: int) -> None:
         self._network = network
         self._settings = settings
-        self._draws = torch.Generator().manual_seed(seed)
+        # Not the seed itself: the order of the batches is drawn from that.
+        self._draws = torch.Generator().manual_seed(Random(seed).getrandbits(31))
         self._optimizer = torch.optim.SGD(
             network.parameters(),
             lr=settings.retrain_learning_rate,
