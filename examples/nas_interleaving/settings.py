@@ -33,7 +33,9 @@ class RetrainSettings(Settings):
     retrain_batch_size: int = count(32, "images per step")
     retrain_learning_rate: float = number(0.05, "of SGD with momentum")
     retrain_schedule: str = choice("cosine", f"how it falls to 0: {', '.join(SCHEDULES)} (not at all)", SCHEDULES)
-    retrain_warmup_epochs: int = count(0, "epochs of growth, in equal steps, until the learning rate meets its schedule", 0)
+    retrain_warmup_epochs: int = count(
+        0, "epochs of growth, in equal steps, until the learning rate meets its schedule", 0
+    )
     retrain_momentum: float = number(0.9, "of SGD", zero=True)
     retrain_weight_decay: float = number(3e-4, "of SGD", zero=True)
     retrain_grad_clip: float = number(5.0, "upper limit of the gradient's norm")
