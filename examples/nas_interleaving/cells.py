@@ -60,7 +60,8 @@ class Cell:
             for settings in self.searches:
                 part = folder.new_part("search")
                 tasks = load(settings.tasks, data)
-                genotype = search(part, tasks, settings, data, title=f"search, {self.label}, seed {self.seed}")
+                title = f"search, {self.label}, seed {self.seed}"
+                genotype = search(part, tasks, settings, data, title=title, draw=False)
                 found.append((genotype, [task for task in tasks if task.name in tested], part.read_status()))
             cost = {
                 "search_seconds": sum(how["seconds"] for _, _, how in found),

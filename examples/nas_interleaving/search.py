@@ -33,12 +33,13 @@ def search(
     data: DataSettings | None = None,
     *,
     title: str = "search",
+    draw: bool = True,
 ) -> Genotype:
     """Search an architecture and return it; the folder gets configuration, metrics, genotype and drawings.
 
     The tasks are those given, whatever names stand in the settings; the folder records the names of those given, and
     the settings by which they were loaded. An interruption leaves the folder as complete as the search itself, and is
-    raised again.
+    raised again. Without `draw` there are no drawings until the search is plotted.
     """
     settings = counted_in_steps(tasks, settings)
     run = _Search(folder, tasks, settings)
@@ -52,7 +53,8 @@ def search(
     finally:
         if folder.has(WEIGHTS):  # the end can come before them
             folder.write_text(GENOTYPE, folder.decode_weights(run.chosen_step).to_json())
-            plots.draw_run(folder)
+            if draw:
+                plots.draw_run(folder)
     return folder.read_genotype()
 
 
