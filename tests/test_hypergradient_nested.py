@@ -284,3 +284,39 @@ def test_non_symmetric_stages_use_the_transposed_operator_in_second_derivatives(
     expected = (gradient(x.detach() + e) - gradient(x.detach() - e)) / 2e-5
     assert zoo.relative_error(first.detach(), gradient(x.detach())) < 1e-8
     assert zoo.relative_error(second, expected) < 1e-8
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_methods_that_take_the_hessian_for_symmetric_are_never_given_the_transposed_operator(symmetric):
+    seen = []
+
+    class Columns(mlo.ImplicitMethod):
+        assumes_symmetric = symmetric
+
+        def solve(self, system):
+            seen.append(torch.stack([system.product((e,))[0] for e in torch.eye(2)], dim=1))
+            solved = torch.linalg.solve(seen[-1], system.rhs[0])
+            return mlo.Solution((solved,), mlo.Status.CONVERGED, 2, 0.0)
+
+    a, w = torch.tensor([[2.0, 0.6], [-0.3, 1.5]]), torch.tensor([0.4, -0.7])
+    x = torch.ones(2, requires_grad=True)
+    response = mlo.best_response(lambda w, x: Field.apply(w, x, a), w, x, Columns())
+    (first,) = torch.autograd.grad(response.sum(), x, create_graph=True)
+    torch.autograd.grad(first.sum(), x)
+    jacobian = a + torch.diag(torch.cos(w))
+    # The first derivative, the derivative of its solve, and the response again, through the w that both depend on.
+    expected = [jacobian.T, jacobian.T if symmetric else jacobian, jacobian.T]
+    torch.testing.assert_close(seen, expected, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1.0, 1e12, 1e25])
+def test_second_derivatives_of_any_size(size):
+    """w* = x, and the squares of these cotangents are out of the range of float32."""
+    at = torch.tensor(0.7, dtype=torch.float32)
+    x = at.clone().requires_grad_()
+    loss = lambda w, x: torch.cosh(w) - w * torch.sinh(x)
+    response = mlo.best_response(loss, at, x, mlo.ConjugateGradient(on_breakdown="raise"))
+    (first,) = torch.autograd.grad(size * response**2, x, create_graph=True)
+    (second,) = torch.autograd.grad(first, x)
+    assert first.item() / size == pytest.approx(1.4, rel=1e-5)
+    assert second.item() / size == pytest.approx(2.0, rel=1e-5)

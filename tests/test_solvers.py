@@ -659,6 +659,14 @@ def test_elimination_tells_a_rotated_singular_matrix_and_gives_the_solution_of_l
     assert zoo.relative_error(result.vector, torch.as_tensor(least)) < 1e-12
 
 
+def test_the_curvature_of_a_direction_is_measured_by_its_own_length():
+    """The second direction is (0, 30) at a residual of length 9.5: the two lengths would disagree on what is flat."""
+    rhs = torch.tensor([1.0, 3.0])
+    flat = solved(CG(), torch.diag(torch.tensor([1.0, 1e-16])), rhs)  # the curvature met before is 0.1
+    assert (flat.status, flat.iterations) == (Status.SINGULAR, 1)
+    assert solved(CG(), torch.diag(torch.tensor([1.0, 1e-15])), rhs).status is Status.CONVERGED
+
+
 def test_nearly_singular_matrices_are_not_taken_for_singular():
     for condition, dtype in ((1e10, torch.float64), (1e4, torch.float32)):
         for small in (1 / condition, -1 / condition):
