@@ -27,23 +27,21 @@ def gradients(
     that are `None` or constant and inputs that need no gradient: a loss that is linear or constant in an argument
     leaves such holes.
     """
-    live = {i: o for i, o in enumerate(outputs) if o is not None and o.requires_grad}
+    live = [o for o in outputs if o is not None and o.requires_grad]
     wanted = [t for t in inputs if t.requires_grad]
     if not live or not wanted:
         return (None,) * len(inputs)
+    if cotangents is not None and len(live) < len(outputs):
+        pairs = zip(cotangents, outputs, strict=True)
+        cotangents = [c for c, o in pairs if o is not None and o.requires_grad]
     found = torch.autograd.grad(
-        list(live.values()),
-        wanted,
-        None if cotangents is None else [cotangents[i] for i in live],
-        create_graph=create_graph,
-        retain_graph=retain_graph,
-        allow_unused=True,
+        live, wanted, cotangents, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
     )
-    dense = [t.to_dense() if t is not None and t.is_sparse else t for t in found]
-    if len(dense) == len(inputs):
-        return tuple(dense)
-    given = iter(dense)
-    return tuple([next(given) if t.requires_grad else None for t in inputs])
+    dense: list[Tensor | None] = [t.to_dense() if t is not None and t.is_sparse else t for t in found]
+    if len(dense) < len(inputs):
+        given = iter(dense)
+        dense = [next(given) if t.requires_grad else None for t in inputs]
+    return tuple(dense)
 
 
 def filled(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:

@@ -62,6 +62,7 @@ class Engine:
         self.problems: Mapping[str, Problem] = {p.name: p for p in given}
         self.step_count = 0
         self._definitions = {(p.name, option): getattr(p, option) for p in given for option in FIXED_OPTIONS}
+        self._revisions = [p._revision for p in given]
         self._members = {p.name: Member(p) for p in given}
         for name, member in self._members.items():
             member.seen = {q: self._members[q] for q in (name, *self.graph.direct(name))}
@@ -330,17 +331,20 @@ class Engine:
     def _introduce(self) -> None:
         """Let the problems find each other here: they may have been in another engine since."""
         for p in self.problems.values():
-            if p._known is not self.problems:
-                p._known = self.problems
+            p._introduce(self.problems)
 
     def _check_definitions(self) -> None:
         """Raise an error for a definition that has changed since it was checked and built upon."""
+        revisions = [p._revision for p in self.problems.values()]
+        if revisions == self._revisions:
+            return
         for (name, option), value in self._definitions.items():
             if getattr(self.problems[name], option) is not value:
                 raise ConfigurationError(
                     f"problem {name!r}, {option}: expected what it was when the engine was built; it has been set "
                     "since. Build a new engine from the problems."
                 )
+        self._revisions = revisions
 
     def _refresh_members(self) -> None:
         """Follow what the user has frozen, unfrozen or replaced since the last step."""

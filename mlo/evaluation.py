@@ -15,7 +15,7 @@ from mlo.ambient import Autocast
 from mlo.autodiff import gradients
 from mlo.autograd_graph import reject_first_order_operations, reject_reentrant_checkpoints
 from mlo.errors import ConfigurationError, EvaluationError, LossError
-from mlo.frame import Frame
+from mlo.frame import Frame, ModuleSlots
 from mlo.graph import ProblemGraph
 from mlo.losses import checked_loss
 from mlo.member import Member, MicroBatch
@@ -44,11 +44,11 @@ class Binding:
 
     __slots__ = (
         "_before",
-        "_buffers",
         "_checked",
-        "_frame",
-        "_kept",
         "_member",
+        "_own",
+        "_spare",
+        "_spared",
         "_swapped",
         "_values",
         "_versions",
@@ -66,33 +66,43 @@ class Binding:
     ) -> None:
         """Take note of what to swap; nothing is touched yet."""
         self._member, self._values, self._checked = member, values, checked
-        self._swapped = [m for m in member.seen.values() if not (own_parameters and m is member)]
-        self._buffers = [m.slots for m in member.seen.values() if spare_buffers and m.slots.has_buffers]
-        self._frame = Frame(values, member.seen)
-        self._kept: list[list[Any]] = []
+        self._own, self._spare = own_parameters, spare_buffers
 
     def __enter__(self) -> Frame:
         """Swap the tensors in."""
+        member, values = self._member, self._values
+        problem, seen = member.problem, member.seen
         if self._checked:
-            self._watched = [t for name in self._member.seen for t in self._values[name]]
-            self._watched += [t for m in self._member.seen.values() for t in m.names.constant.values()]
-            self._versions = [t._version for t in self._watched]
-        problem = self._member.problem
+            watched = [t for name in seen for t in values[name]]
+            for m in seen.values():
+                if m.names.constant:
+                    watched += m.names.constant.values()
+            self._watched, self._versions = watched, [t._version for t in watched]
         self._before = problem._frame
-        for m in self._swapped:
-            self._kept.append(m.slots.put(self._values[m.name]))
-        for slots in self._buffers:
-            self._kept.append(slots.copy_buffers())
-        problem.__dict__["_frame"] = self._frame  # past the checks of options, at every evaluation
-        return self._frame
+        self._swapped: list[tuple[ModuleSlots, list[Any]]] = []
+        self._spared: list[tuple[ModuleSlots, list[Any]]] = []
+        for name, m in seen.items():
+            if not (self._own and m is member):
+                self._swapped.append((m.slots, m.slots.put(values[name])))
+            if self._spare and m.slots.has_buffers:
+                self._spared.append((m.slots, m.slots.copy_buffers()))
+        frame = Frame(values, seen)
+        problem.__dict__["_frame"] = frame  # past the checks of options, at every evaluation
+        return frame
+
+    def renew_buffers(self) -> None:
+        """Begin with the problems' own buffers again, where they are spared."""
+        for slots, kept in self._spared:
+            slots.restore_buffers(kept)
+            slots.copy_buffers()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Swap them out again, whatever has happened."""
         self._member.problem.__dict__["_frame"] = self._before
-        for slots in reversed(self._buffers):
-            slots.restore_buffers(self._kept.pop())
-        for m in reversed(self._swapped):
-            m.slots.restore(self._kept.pop())
+        for slots, kept in self._spared:
+            slots.restore_buffers(kept)
+        for slots, kept in self._swapped:
+            slots.restore(kept)
         if kind is None and self._checked and self._versions != [t._version for t in self._watched]:
             self._raise_for_in_place()
 
@@ -245,6 +255,7 @@ class _StageSpan:
     """The span of an evaluation of a stage; its value is the function that evaluates the loss."""
 
     __slots__ = (
+        "_again",
         "_ambient",
         "_autocast",
         "_batches",
@@ -267,6 +278,7 @@ class _StageSpan:
     ) -> None:
         self._evaluation, self._member, self._batches = evaluation, member, batches
         self._values, self._path, self._autocast = values, path, autocast
+        self._again = False
 
     def __enter__(self) -> Callable[[], Tensor]:
         evaluation, member = self._evaluation, self._member
@@ -295,6 +307,9 @@ class _StageSpan:
 
     def _evaluate(self) -> Tensor:
         member, checked = self._member, self._checked
+        if self._again:
+            self._binding.renew_buffers()
+        self._again = True
         losses = [replayed(member, batch, state, checked=checked)[0] for batch, state in self._batches]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         if checked:
@@ -335,7 +350,7 @@ def loss_and_metrics(member: Member, batch: Any, *, checked: bool = True) -> tup
             f"{member.title} changed its batch in place; expected a loss that only reads it, since a batch is used "
             "again when the stage's response is differentiated. Use an out-of-place operation, or clone() first."
         )
-    if not isinstance(result, Mapping):
+    if isinstance(result, Tensor) or not isinstance(result, Mapping):
         return checked_loss(result, member.title), {}
     if "loss" not in result:
         raise LossError(
@@ -359,10 +374,14 @@ def replayed(
 
 
 def _versions(batch: Any) -> list[int]:
+    versions = []
     # Most batches are a tuple or a list of tensors, for which going through a tree takes longest.
-    parts = batch if isinstance(batch, tuple | list) else (batch,)
-    leaves_of = ((part,) if isinstance(part, Tensor) else pytree.tree_leaves(part) for part in parts)
-    return [t._version for found in leaves_of for t in found if isinstance(t, Tensor)]
+    for part in batch if isinstance(batch, tuple | list) else (batch,):
+        if isinstance(part, Tensor):
+            versions.append(part._version)
+        else:
+            versions += [t._version for t in pytree.tree_leaves(part) if isinstance(t, Tensor)]
+    return versions
 
 
 def number(value: object, what: str) -> float:

@@ -44,6 +44,10 @@ class ModuleSlots:
     Swapping the entries of these places for the span of an evaluation covers everything that runs the
     module: calls of the whole, of a submodule, of a method, and the second forward pass of activation
     checkpointing. A tied parameter has several places.
+
+    Attributes:
+        has_buffers: whether there are any buffers.
+
     """
 
     def __init__(self, module: nn.Module, trainable: Sequence[nn.Parameter]) -> None:
@@ -57,13 +61,9 @@ class ModuleSlots:
             if id(p) in index
         ]
         self._buffers: list[dict[str, Any]] = [part._buffers for part in parts if part._buffers]
+        self.has_buffers = bool(self._buffers)
         # Recurrent layers keep a second list of their weights beside the registered ones.
         self._recurrent = [part for part in parts if isinstance(part, nn.RNNBase)]
-
-    @property
-    def has_buffers(self) -> bool:
-        """Whether there are any buffers."""
-        return bool(self._buffers)
 
     def put(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Let the module run with `tensors` in the place of its trainable parameters; return what `restore` needs."""
@@ -108,7 +108,12 @@ class Named(Protocol):
 
 
 class Frame:
-    """The tensors that one evaluation of one problem's loss sees, by problem."""
+    """The tensors that one evaluation of one problem's loss sees, by problem.
+
+    Attributes:
+        used: the dependencies that the loss has read.
+
+    """
 
     __slots__ = ("_parameters", "_seen", "_values", "used")
 
@@ -129,10 +134,6 @@ class Frame:
                 tensors = [(n, known[n]) for n in names.all]
             found = self._parameters[problem] = Parameters(problem, tensors)
         return found
-
-    def note_use(self, problem: str) -> None:
-        """Take note that the loss reads a dependency."""
-        self.used.add(problem)
 
 
 class ParameterNames:

@@ -11,6 +11,13 @@ from mlo.errors import LossError
 
 def checked_loss(loss: object, title: str) -> Tensor:
     """Return a loss that is a finite scalar, or raise the error that says what it is instead."""
+    if (
+        isinstance(loss, Tensor)
+        and loss.dim() == 0
+        and isinstance(value := loss.item(), float)
+        and math.isfinite(value)
+    ):
+        return loss
     if not isinstance(loss, Tensor):
         raise LossError(f"{title} returned {type(loss).__name__}; expected a scalar tensor.")
     if loss.numel() != 1:

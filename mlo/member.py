@@ -89,12 +89,17 @@ class Member:
 
     def refresh(self) -> bool:
         """Find the parameters anew if one was frozen, unfrozen or replaced; return whether that was so."""
-        same = self._signature == self._present_signature() and all(
-            places.get(key) is self.trainable[i] for places, key, i in self.slots.places
-        )
-        if not same:
-            self._find_parameters()
-        return not same
+        if self._signature == self._present_signature() and self._in_place():
+            return False
+        self._find_parameters()
+        return True
+
+    def _in_place(self) -> bool:
+        """Whether the trainable parameters still are where they were found."""
+        for places, key, i in self.slots.places:  # noqa: SIM110  (a generator takes longer)
+            if places.get(key) is not self.trainable[i]:
+                return False
+        return True
 
     def _find_parameters(self) -> None:
         named = dict(self.problem.module.named_parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,30 +44,45 @@ class OptimizerFacts:
         if optimizer is not None:
             index = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
             self._index = [index[id(p)] for p in parameters]
+        self._one_group = len(set(self._index)) == 1
 
-    def _groups(self, optimizer: optim.Optimizer) -> list[dict[str, Any]]:
+    def _each(self, of: Callable[[dict[str, Any]], float], optimizer: optim.Optimizer) -> tuple[float, ...]:
         # By index: load_state_dict makes new group dictionaries.
-        return [optimizer.param_groups[i] for i in self._index]
+        groups = optimizer.param_groups
+        if self._one_group:
+            return (of(groups[self._index[0]]),) * self._count
+        return tuple([of(groups[i]) for i in self._index])
 
     @property
     def learning_rates(self) -> tuple[float, ...] | None:
         """The learning rate of each parameter, or `None` without an optimizer."""
-        return None if self._optimizer is None else tuple(float(g["lr"]) for g in self._groups(self._optimizer))
+        return None if self._optimizer is None else self._each(_learning_rate, self._optimizer)
 
     @property
     def weight_decays(self) -> tuple[float, ...]:
         """The coefficient of the L2 penalty for each parameter."""
         if self._optimizer is None or not self._adds_decay:
             return (0.0,) * self._count
-        groups = self._groups(self._optimizer)
-        return tuple(0.0 if g.get("decoupled_weight_decay") else float(g.get("weight_decay", 0.0)) for g in groups)
+        return self._each(_weight_decay, self._optimizer)
 
     @property
     def signs(self) -> tuple[float, ...]:
         """−1 for each parameter along which the loss is maximised, else 1."""
         if self._optimizer is None:
             return (1.0,) * self._count
-        return tuple(-1.0 if g.get("maximize") else 1.0 for g in self._groups(self._optimizer))
+        return self._each(_sign, self._optimizer)
+
+
+def _learning_rate(group: dict[str, Any]) -> float:
+    return float(group["lr"])
+
+
+def _weight_decay(group: dict[str, Any]) -> float:
+    return 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0.0))
+
+
+def _sign(group: dict[str, Any]) -> float:
+    return -1.0 if group.get("maximize") else 1.0
 
 
 def warn_of_unknown_decay(problem: str, optimizer: optim.Optimizer | None) -> None:

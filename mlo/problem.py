@@ -120,8 +120,11 @@ class Problem(ABC):
     constants: tuple[str, ...]
     #: Set by the engine for the span of an evaluation.
     _frame: Frame | None = None
+    #: How often one of the fixed options was set.
+    _revision = 0
     #: All problems of the engine that this one is part of.
     _known: Mapping[str, Problem] = MappingProxyType({})
+    _deps: Dependencies | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse subclasses that would hide what the engine relies on."""
@@ -136,10 +139,12 @@ class Problem(ABC):
         """Check an option whenever it is set."""
         check = _CHECKS.get(name)
         super().__setattr__(name, value if check is None else check(self, value))
+        if name in FIXED_OPTIONS:
+            self.__dict__.update(_revision=self._revision + 1, _deps=None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the problem alone, without the engine that it is in."""
-        state = {key: value for key, value in self.__dict__.items() if key not in ("_frame", "_known")}
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_frame", "_known", "_deps")}
         return {**state, "depends_on": dict(self.depends_on)}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -171,7 +176,14 @@ class Problem(ABC):
     @property
     def deps(self) -> Dependencies:
         """Views of the problems that this one depends on, by role."""
-        return Dependencies(self)
+        if self._deps is None:
+            self.__dict__["_deps"] = Dependencies(self)
+        return self._deps  # type: ignore[return-value]
+
+    def _introduce(self, problems: Mapping[str, Problem]) -> None:
+        """Let the problem find all others of its engine."""
+        if self._known is not problems:
+            self.__dict__.update(_known=problems, _deps=None)
 
     def __repr__(self) -> str:
         """Return the class and the name."""
@@ -344,10 +356,11 @@ _CHECKS: Mapping[str, Callable[[Problem, Any], object]] = {
 class Dependencies:
     """Views of the problems that one problem depends on: `deps.role` or `deps["role"]`."""
 
-    __slots__ = ("_problem",)
+    __slots__ = ("_problem", "_views")
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
+        self._views: dict[str, DependencyView] = {}
 
     def __getattr__(self, role: str) -> DependencyView:
         """Return the view of the problem in this role."""
@@ -355,6 +368,15 @@ class Dependencies:
 
     def __getitem__(self, role: str) -> DependencyView:
         """Return the view of the problem in this role."""
+        view = self._views.get(role)
+        if view is None:
+            view = self._views[role] = self._view(role)
+        frame = self._problem._frame
+        if frame is not None:
+            frame.used.add(view.name)
+        return view
+
+    def _view(self, role: str) -> DependencyView:
         problem = self._problem
         name = problem.depends_on.get(role)
         if name is None:
@@ -369,9 +391,7 @@ class Dependencies:
                 f"problem {problem.name!r} reaches for its dependency {role!r} before it is part of an engine; build "
                 "mlo.Engine with all problems first."
             )
-        if problem._frame is not None:
-            problem._frame.note_use(name)
-        return DependencyView(name, other.module, problem._frame)
+        return DependencyView(name, other.module, problem)
 
     def __contains__(self, role: object) -> bool:
         """Whether a role is declared."""
@@ -400,22 +420,23 @@ class DependencyView:
 
     """
 
-    __slots__ = ("_frame", "module", "name")
+    __slots__ = ("_reader", "module", "name")
 
-    def __init__(self, name: str, module: nn.Module, frame: Frame | None) -> None:
+    def __init__(self, name: str, module: nn.Module, reader: Problem) -> None:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "module", module)
-        object.__setattr__(self, "_frame", frame)
+        object.__setattr__(self, "_reader", reader)
 
     name: str
     module: nn.Module
-    _frame: Frame | None
+    _reader: Problem
 
     @property
     def params(self) -> Parameters:
         """The parameters of the evaluation at hand by name; outside of one, the present values as constants."""
-        if self._frame is not None:
-            return self._frame.parameters(self.name)
+        frame = self._reader._frame
+        if frame is not None:
+            return frame.parameters(self.name)
         return Parameters(self.name, {n: p.detach() for n, p in self.module.named_parameters()})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,16 +7,14 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.random import mtrand
 
 
-@dataclass(frozen=True)
-class HostState:
+class HostState(NamedTuple):
     """The states of Python's and NumPy's global generators.
 
     Python's takes six microseconds to get and leaves 625 new numbers in the caches, NumPy's takes thirty, and twice
@@ -44,17 +42,13 @@ class HostState:
         if kept or _words() != self.words:
             np.random.set_state(_of_words(self.words) if self.numpy is None else self.numpy)
 
-    def __eq__(self, other: object) -> bool:
-        """Whether nothing was drawn between the two."""
-        if not isinstance(other, HostState) or self.python != other.python or self.words != other.words:
-            return False
-        return self.numpy is None or _same(self.numpy, other.numpy)
-
-    __hash__ = None  # type: ignore[assignment]
+    def unmoved(self) -> bool:
+        """Whether nothing was drawn since."""
+        same = self.python == _python_state() and self.words == _words()
+        return same and (self.numpy is None or _same(self.numpy, np.random.get_state(legacy=False)))
 
 
-@dataclass(frozen=True)
-class RandomState:
+class RandomState(NamedTuple):
     """A snapshot of torch's generators and, where asked for, of Python's and NumPy's global ones.
 
     Torch's states cost less than a microsecond to take; NumPy's costs thirty, so that it is taken only
@@ -69,11 +63,11 @@ class RandomState:
     def capture(cls, devices: Iterable[torch.device] = (), *, host: bool = True, whole: bool = True) -> RandomState:
         """Take the present state; `devices` are those whose CUDA generators matter, `host` Python's and NumPy's."""
         cuda = tuple([(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"])
-        return cls(torch.get_rng_state(), cuda, HostState.capture(whole=whole) if host else None)
+        return cls(torch.default_generator.get_state(), cuda, HostState.capture(whole=whole) if host else None)
 
     def restore(self) -> None:
         """Put the generators back."""
-        torch.set_rng_state(self.cpu)
+        torch.default_generator.set_state(self.cpu)
         for device, state in self.cuda:
             torch.cuda.set_rng_state(state, device)
         if self.host is not None:
@@ -108,8 +102,12 @@ class HostDraws:
     def after(self, before: HostState) -> HostState | None:
         """Look at them again; return the state with which the evaluation is to be repeated, if it draws."""
         self.unknown = False
-        self.found = self.found or before != HostState.capture(whole=before.numpy is not None)
+        self.found = self.found or not before.unmoved()
         return before if self.found else None
+
+
+_SIZE = 4 * 625
+_PYTHON: Any = random.random.__self__  # type: ignore[attr-defined]
 
 
 def _place_of_words() -> int | None:
@@ -117,39 +115,54 @@ def _place_of_words() -> int | None:
 
     CPython keeps them right behind the header of the object, which is looked at before it is relied on.
     """
-    generator = random.random.__self__  # type: ignore[attr-defined]
-    place, size = id(generator) + object.__basicsize__, 4 * 625
-    if sys.implementation.name != "cpython" or type(generator).__basicsize__ < object.__basicsize__ + size:
+    place = id(_PYTHON) + object.__basicsize__
+    if sys.implementation.name != "cpython" or type(_PYTHON).__basicsize__ < object.__basicsize__ + _SIZE:
         return None
     *words, position = random.getstate()[1]
-    found = np.frombuffer(ctypes.string_at(place, size), np.uint32)
+    found = np.frombuffer(ctypes.string_at(place, _SIZE), np.uint32)
     return place if found.tolist() == [position, *words] else None
 
 
-_PLACE = _place_of_words()
+def _view(place: int | None) -> Any:
+    """Return the bytes at a place, as they are whenever `.raw` is read."""
+    return None if place is None else (ctypes.c_char * _SIZE).from_address(place)
+
+
+_PYTHON_WORDS = _view(_place_of_words())
 
 
 def _python_state() -> Any:
     """Return the state of Python's global generator, to be compared and to be set again."""
-    if _PLACE is None:
+    if _PYTHON_WORDS is None:
         return random.getstate()
-    return ctypes.string_at(_PLACE, 4 * 625), random.random.__self__.gauss_next  # type: ignore[attr-defined]
+    return _PYTHON_WORDS.raw, _PYTHON.gauss_next
 
 
 def _set_python_state(state: Any) -> None:
-    if _PLACE is not None:
+    if _PYTHON_WORDS is not None:
         words, kept = state
         position, *numbers = np.frombuffer(words, np.uint32).tolist()
         state = 3, (*numbers, position), kept
     random.setstate(state)
 
 
-def _words() -> bytes | None:
-    """Return the 624 words of the state of NumPy's Mersenne twister and its position; `None` for another generator."""
-    generator = mtrand.get_bit_generator()
-    if not isinstance(generator, np.random.MT19937):
-        return None
-    return ctypes.string_at(generator.ctypes.state_address, 4 * 625)
+class _NumPyWords:
+    """The 624 words and the position of NumPy's Mersenne twister, found again when its global generator is replaced."""
+
+    def __init__(self) -> None:
+        self._generator: object = None
+        self._words: Any = None
+
+    def read(self) -> bytes | None:
+        """Return them; `None` for another generator."""
+        generator = mtrand.get_bit_generator()
+        if generator is not self._generator:
+            twister = isinstance(generator, np.random.MT19937)
+            self._generator, self._words = generator, _view(generator.ctypes.state_address if twister else None)
+        return None if self._words is None else self._words.raw
+
+
+_words = _NumPyWords().read
 
 
 def _of_words(words: bytes | None) -> dict[str, Any]:

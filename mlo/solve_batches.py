@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from mlo.member import Member, MicroBatch
 from mlo.random_state import RandomState
@@ -58,5 +57,5 @@ class Previews:
         if kept is not None:
             return kept
         count = member.problem.accumulate if feed is None else member.solve_count
-        state = self._state if member.host_draws.possible else replace(self._state, host=None)
+        state = self._state if member.host_draws.possible else self._state._replace(host=None)
         return [(batch, state) for batch in (feed or member.feed).preview(count, member.devices)]

@@ -57,6 +57,7 @@ class StageFunction(ABC):
     ) -> AbstractContextManager[Callable[[], Tensor]]:
         """Bind the two points for a span and hand out the function that evaluates the loss there.
 
+        It may be called several times, and is the same function each time.
         Backward passes through the loss must run inside the span too: activation checkpointing runs the
         forward pass again during the backward pass.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,10 +59,9 @@ def accumulate_total_gradient(
     """
     graph, training = evaluation.graph, states is None
     carrying = graph.carrying(member.name)
-    constants = evaluation.constants(graph.seen(member.name))
-    constants[member.name] = tuple([t.detach() for t in own])
-    proxies = {d: leaves(constants[d]) for d in graph.direct(member.name) if d in carrying}
-    values = {**constants, **proxies, member.name: tuple(own)}
+    proxies = {d: leaves(evaluation.members[d].trainable) for d in graph.direct(member.name) if d in carrying}
+    values = {**evaluation.constants(d for d in graph.seen(member.name) if d not in proxies), **proxies}
+    values[member.name] = tuple(own)
 
     losses: list[float] = []
     logged: list[dict[str, float]] = []
@@ -87,10 +86,10 @@ def accumulate_total_gradient(
             losses.append(loss.item())
             logged.append(metrics)
     cotangents = {d: [t.grad for t in tensors] for d, tensors in proxies.items()}
-    reached = {d for d, found in cotangents.items() if any(c is not None for c in found)}
+    reached = {d for d, found in cotangents.items() if _any(found)}
     if reached:
-        _sweep(evaluation, member, constants, cotangents, own)
-    if all(t.grad is None for t in own):
+        _sweep(evaluation, member, values, cotangents, own)
+    if not _any([t.grad for t in own]):
         raise unreached(member.title, graph.why_no_gradient(member.name))
     return TotalGradient(
         loss=sum(losses) / len(losses),
@@ -111,14 +110,14 @@ def _training_evaluation(member: Member, batch: Any, seen: list[MicroBatch] | No
     state, before = RandomState.capture(member.devices, host=False), member.host_draws.before()
     result = loss_and_metrics(member, batch)
     host = member.host_draws.after(before)
-    seen.append((batch, state if host is None else replace(state, host=host)))
+    seen.append((batch, state if host is None else state._replace(host=host)))
     return result
 
 
 def _sweep(
     evaluation: Evaluation,
     member: Member,
-    constants: Mapping[str, Vector],
+    values: Mapping[str, Vector],
     cotangents: dict[str, list[Tensor | None]],
     own: Sequence[Tensor],
 ) -> None:
@@ -130,26 +129,35 @@ def _sweep(
     graph = evaluation.graph
     carrying = graph.carrying(member.name)
     stages = [evaluation.members[d] for d in graph.responses(member.name)]
-    devices = dict.fromkeys(d for m in stages for d in m.devices)
+    devices = dict.fromkeys([d for m in stages for d in m.devices])
     # Every evaluation of a stage in there replays the draws of its last step.
     with torch.no_grad(), preserved(devices, host=any(m.host_draws.found for m in stages)):
         for name in reversed(carrying):
             given = cotangents.pop(name, None)
-            if given is None or all(c is None for c in given):
+            if given is None or not _any(given):
                 continue
             names = graph.inputs(name)
-            inputs = [t for q in names for t in constants[q]]
-            needed = [q == member.name or q in carrying for q in names for _ in constants[q]]
+            inputs = [t for q in names for t in values[q]]
+            needed = [q == member.name or q in carrying for q in names for _ in values[q]]
             stage = evaluation.stage(name, member.name)
-            found = iter(pulled_back(stage, graph.method(name), given, constants[name], inputs, needed))
+            found = pulled_back(stage, graph.method(name), given, values[name], inputs, needed)
+            begin = 0
             for q in names:
-                arrived = [next(found) for _ in constants[q]]
-                before = cotangents.get(q)
+                end = begin + len(values[q])
+                arrived, before = list(found[begin:end]), cotangents.get(q)
                 cotangents[q] = arrived if before is None else list(map(_sum, before, arrived))
+                begin = end
         for leaf, c in zip(own, cotangents.get(member.name) or [None] * len(own), strict=True):
             if c is not None:
                 # A copy, since a method may hand out one tensor twice, or one whose entries share memory.
                 leaf.grad = c.clone() if leaf.grad is None else leaf.grad.add_(c)
+
+
+def _any(found: Sequence[Tensor | None]) -> bool:
+    for t in found:  # noqa: SIM110  (a generator takes longer)
+        if t is not None:
+            return True
+    return False
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

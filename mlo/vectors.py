@@ -16,8 +16,6 @@ from torch import Tensor
 Vector = tuple[Tensor, ...]
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
-# Up to so many tensors on a CPU, calls one by one take less time than one for the whole list.
-_FEW = 8
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
@@ -51,16 +49,16 @@ def norm(a: Sequence[Tensor]) -> float:
 
 
 def _norm(a: Sequence[Tensor]) -> float:
-    if any(x.is_sparse or x.dtype in _LOW_PRECISION for x in a):
-        a = [(x.coalesce().values() if x.is_sparse else x).float() for x in a]
-    if len(a) <= _FEW and a[0].device.type == "cpu":
-        return math.hypot(*[torch.linalg.vector_norm(x).item() for x in a])
+    for x in a:
+        if x.is_sparse or x.dtype in _LOW_PRECISION:
+            a = [(x.coalesce().values() if x.is_sparse else x).float() for x in a]
+            break
     return math.hypot(*_numbers(torch._foreach_norm(list(a))))
 
 
 def _numbers(scalars: Sequence[Tensor]) -> list[float]:
     """Return 0-dim tensors as Python floats, with one transfer from a device instead of one each."""
-    if scalars and scalars[0].device.type != "cpu" and len({s.device for s in scalars}) == 1:
+    if scalars and not scalars[0].is_cpu and len({s.device for s in scalars}) == 1:
         return torch.stack(tuple(scalars)).tolist()
     return [s.item() for s in scalars]
 
@@ -79,6 +77,18 @@ def scale(a: Sequence[Tensor], factors: float | Sequence[float]) -> Vector:
 def add(a: Sequence[Tensor], b: Sequence[Tensor], factor: float = 1.0) -> Vector:
     """Return a + `factor`·b."""
     return tuple(torch._foreach_add(list(a), list(b), alpha=factor))
+
+
+def add_(a: Vector, b: Vector, factor: float = 1.0) -> Vector:
+    """Add `factor`·b to a in place, and return a."""
+    torch._foreach_add_(a, b, alpha=factor)
+    return a
+
+
+def scale_(a: Vector, factor: float) -> Vector:
+    """Multiply a by a number in place, and return it."""
+    torch._foreach_mul_(a, factor)
+    return a
 
 
 def subtract(a: Sequence[Tensor], b: Sequence[Tensor]) -> Vector:

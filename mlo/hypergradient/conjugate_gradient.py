@@ -12,7 +12,7 @@ from mlo.hypergradient.nystrom import ApproximateInverse, Nystrom
 from mlo.linear_system import LinearSystem
 from mlo.options import is_count, is_number
 from mlo.status import Status
-from mlo.vectors import Vector, add, dot, norm, rounding_unit, subtract, zeros_like
+from mlo.vectors import Vector, add, add_, dot, norm, rounding_unit, scale, scale_, subtract, zeros_like
 
 # A direction counts as one of no curvature below this many rounding units of the largest curvature met: at a
 # singular Hessian such directions were measured at 1 rounding unit and below, in float32 and float64.
@@ -186,11 +186,13 @@ class ConjugateGradient(KrylovMethod):
         if not math.isfinite(size):
             return Solution(system.rhs, Status.NON_FINITE, 0, size)
         tolerance = self._tolerance(system.rhs, size)
-        adjoint, residual = self._start(system, size)
+        # λ, r and the direction are copies, and written to: each is as large as the stage, and memory that is allocated
+        # anew takes longer to fill.
+        adjoint, residual = (scale(v, 1.0) for v in self._start(system, size))
         error = dot(residual, residual)
-        inverse = self._inverse(system) if math.sqrt(error) > tolerance else None
-        # Without a preconditioner z is r itself, and so is its product with r.
-        direction, slope = (residual, error) if inverse is None else _preconditioned(inverse, residual)
+        inverse = self._inverse(system, needed=math.sqrt(error) > tolerance)
+        improved, slope = _preconditioned(inverse, residual, error)
+        direction = scale(improved, 1.0)
         squared = dot(direction, direction)
         best, smallest = adjoint, error
         flat = FLAT * rounding_unit(system.rhs)
@@ -202,11 +204,9 @@ class ConjugateGradient(KrylovMethod):
                 break
             curved = self._damped_product(system, direction)
             curvature = dot(direction, curved)
-            if not math.isfinite(curvature):
-                status = Status.NON_FINITE
-                break
-            if squared == 0 or slope == 0:  # with rtol = 0, once the squares have left the range of the dtype
-                status = Status.CONVERGED
+            end = _out_of_range(curvature, squared, slope)
+            if end is not None:
+                status = end
                 break
             bent = curvature / squared
             steepest = max(steepest, bent)
@@ -216,26 +216,38 @@ class ConjugateGradient(KrylovMethod):
                 status = Status.NEGATIVE_CURVATURE
                 break
             length = slope / curvature
-            adjoint = add(adjoint, direction, length)
-            residual = add(residual, curved, -length)
+            add_(adjoint, direction, length)
+            add_(residual, curved, -length)
             error = dot(residual, residual)
-            previous = slope
-            improved, slope = (residual, error) if inverse is None else _preconditioned(inverse, residual)
-            direction = add(improved, direction, slope / previous)
-            # r is orthogonal to the direction before, z is not.
-            squared = error + (slope / previous) ** 2 * squared if inverse is None else dot(direction, direction)
             if error < smallest:
                 best, smallest = adjoint, error
+            elif best is adjoint:
+                best = add(adjoint, direction, -length)  # as it was before this step
+            previous = slope
+            improved, slope = _preconditioned(inverse, residual, error)
+            add_(scale_(direction, slope / previous), improved)
+            # r is orthogonal to the direction before, z is not.
+            squared = error + (slope / previous) ** 2 * squared if inverse is None else dot(direction, direction)
             step += 1
         else:
             status = Status.CONVERGED
         return Solution(adjoint, status, step, math.sqrt(error) / size)
 
-    def _inverse(self, system: LinearSystem) -> ApproximateInverse | None:
-        return None if self.preconditioner is None else self.preconditioner.inverse(system)
+    def _inverse(self, system: LinearSystem, *, needed: bool) -> ApproximateInverse | None:
+        return self.preconditioner.inverse(system) if needed and self.preconditioner is not None else None
 
 
-def _preconditioned(inverse: ApproximateInverse, residual: Vector) -> tuple[Vector, float]:
-    """Return z = Pr and r·z."""
+def _out_of_range(curvature: float, squared: float, slope: float) -> Status | None:
+    """Return how a solve ends whose numbers have left the range of the dtype, or `None` if they have not."""
+    if not math.isfinite(curvature):
+        return Status.NON_FINITE
+    # With rtol = 0 the squares become zero in the end.
+    return Status.CONVERGED if squared == 0 or slope == 0 else None
+
+
+def _preconditioned(inverse: ApproximateInverse | None, residual: Vector, error: float) -> tuple[Vector, float]:
+    """Return z = Pr and r·z; without a preconditioner r itself, and r·r, which is known."""
+    if inverse is None:
+        return residual, error
     improved = inverse(residual)
     return improved, dot(residual, improved)

@@ -104,9 +104,8 @@ class ImplicitMethod(HypergradientMethod):
             return self._differentiable_pullback(stage, cotangents, solution, inputs)
         factor = _normalising_factor(cotangents)
         with torch.no_grad(), self.product.linearised(stage, solution, inputs, needed) as linearisation:
-            system = LinearSystem(
-                stage, linearisation, solution, scale(cotangents, factor), warm_start_key=_warm_start_key(stage)
-            )
+            rhs = cotangents if factor == 1.0 else scale(cotangents, factor)
+            system = LinearSystem(stage, linearisation, solution, rhs, warm_start_key=_warm_start_key(stage))
             adjoint = self.solve_and_settle(stage, system)
             mixed = linearisation.mixed_product(adjoint)
         result = tuple(None if m is None else m * (-1 / factor) for m in mixed)

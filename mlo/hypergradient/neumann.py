@@ -14,7 +14,7 @@ from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
 from mlo.linear_system import LinearSystem
 from mlo.options import is_count, is_number
 from mlo.status import Status
-from mlo.vectors import Vector, add, norm, rounding_unit, scale, subtract, zeros_like
+from mlo.vectors import Vector, add, add_, norm, rounding_unit, scale, zeros_like
 
 # A residual that has grown by this factor does not come back, and would overflow in the end.
 _HOPELESS = 1e6
@@ -115,9 +115,10 @@ class Neumann(ImplicitMethod):
         total = tuple([t.clone() for t in residual])
         for term in range(1, terms + 1):
             if term > 1:
-                torch._foreach_add_(total, residual)
+                add_(total, residual)
             if term < terms:
-                residual = _next(system, residual, factors)
+                # The right-hand side is not this method's own; what follows is.
+                residual = _next(system, residual, factors, in_place=term > 1)
                 before, size = size, norm(residual)
             status = _end(size, first, limit)
             if status is None and self.terms is None and abs(size - before) <= flat * before:
@@ -140,11 +141,12 @@ class Neumann(ImplicitMethod):
         return 1 / (_SAFETY * largest) if largest > 0 else None
 
 
-def _next(system: LinearSystem, residual: Vector, factors: float | tuple[float, ...]) -> Vector:
-    """Return r − H S r."""
+def _next(system: LinearSystem, residual: Vector, factors: float | tuple[float, ...], *, in_place: bool) -> Vector:
+    """Return r − H S r, in the memory of r or in new."""
+    add_to = add_ if in_place else add
     if isinstance(factors, float):
-        return add(residual, system.product(residual), -factors)
-    return subtract(residual, system.product(scale(residual, factors)))
+        return add_to(residual, system.product(residual), -factors)
+    return add_to(residual, system.product(scale(residual, factors)), -1.0)
 
 
 def _largest_eigenvalue(system: LinearSystem) -> float:

@@ -14,7 +14,7 @@ from mlo.autodiff import filled
 from mlo.errors import ConfigurationError, EvaluationError
 from mlo.options import is_number
 from mlo.products.base import Linearisation, Product
-from mlo.products.directional import NEARER, DirectionalLinearisation, LossGradients, loss_gradients, shift_length
+from mlo.products.directional import NEARER, DirectionalLinearisation, LossGradients, gradients_of, shift_length
 from mlo.stage_function import StageFunction, leaves
 from mlo.vectors import Vector, add, norm
 
@@ -127,11 +127,14 @@ def both_sides(
 
     """
     shifted = add(solution, direction, shift)
-    ahead = loss_gradients(stage, leaves(shifted) if want_theta else shifted, x)
-    # The second side takes the place of the first: allocating memory anew takes several times as long as filling it.
-    for place, theta, d in zip(shifted, solution, direction, strict=True):
-        torch.add(theta.detach(), d, alpha=-shift, out=place)
-    behind = loss_gradients(stage, leaves(shifted) if want_theta else shifted, x)
+    theta = leaves(shifted) if want_theta else shifted
+    with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
+        ahead = gradients_of(evaluate(), theta, x)
+        # The second side takes the place of the first: allocating memory anew takes several times as long as filling
+        # it. By .data, since it is not the loss that writes here, and the graph of the first side is gone.
+        for place, centre, d in zip(shifted, solution, direction, strict=True):
+            torch.add(centre.detach(), d.detach(), alpha=-shift, out=place.data)
+        behind = gradients_of(evaluate(), theta, x)
     if abs(ahead.loss - behind.loss) > _SUSPICIOUS * max(abs(ahead.loss), abs(behind.loss)):
         _check_repeatable(stage, ahead.loss, add(solution, direction, shift), x)
     return ahead, behind
@@ -156,6 +159,11 @@ def differences(
     ahead: Sequence[Tensor | None], behind: Sequence[Tensor | None], factor: float
 ) -> tuple[Tensor | None, ...]:
     """Return (ahead − behind)·factor, where one that is missing counts as zero and both missing as `None`."""
+    there, back = [a for a in ahead if a is not None], [b for b in behind if b is not None]
+    if len(there) == len(ahead) and len(back) == len(behind):
+        found = torch._foreach_sub(there, back)
+        torch._foreach_mul_(found, factor)
+        return found
     return tuple(_difference(a, b, factor) for a, b in zip(ahead, behind, strict=True))
 
 

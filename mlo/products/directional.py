@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ _SYMMETRIC = 0.15
 NEARER = 0.25
 
 
-@dataclass(frozen=True)
-class LossGradients:
+class LossGradients(NamedTuple):
     """L with ∂L/∂θ and ∂L/∂x at one point, `None` where the loss does not reach."""
 
     loss: float
@@ -37,9 +36,13 @@ class LossGradients:
 def loss_gradients(stage: StageFunction, theta: Vector, x: Vector) -> LossGradients:
     """Return the loss and its gradients in those tensors that need one, by one forward and one reverse pass."""
     with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
-        loss = evaluate()
-        found = gradients([loss], (*theta, *x))
-        return LossGradients(loss.item(), found[: len(theta)], found[len(theta) :])
+        return gradients_of(evaluate(), theta, x)
+
+
+def gradients_of(loss: Tensor, theta: Vector, x: Vector) -> LossGradients:
+    """Return the value of a loss and its gradients, by one reverse pass; to be called within the span of the loss."""
+    found = gradients([loss], (*theta, *x))
+    return LossGradients(loss.item(), found[: len(theta)], found[len(theta) :])
 
 
 class DirectionalLinearisation(Linearisation):
