@@ -66,8 +66,9 @@ def largest_eigenvalue(loss: Tensor, parameters: Sequence[Tensor], steps: int) -
 def _product(gradient: Sequence[Tensor], parameters: Sequence[Tensor], vector: Tensor) -> Tensor:
     """Return the Hessian times a vector."""
     parts = vector.split([p.numel() for p in parameters])
-    shaped = [v.to(p).view_as(p) for v, p in zip(parts, parameters, strict=True)]
-    found = torch.autograd.grad(gradient, parameters, shaped, retain_graph=True, materialize_grads=True)
+    bent = [(g, v.to(g).view_as(g)) for g, v in zip(gradient, parts, strict=True) if g.requires_grad]
+    outputs, vectors = [g for g, _ in bent], [v for _, v in bent]
+    found = torch.autograd.grad(outputs, parameters, vectors, retain_graph=True, materialize_grads=True)
     return torch.cat([h.detach().flatten().double().cpu() for h in found])
 
 
