@@ -91,8 +91,15 @@ def _parser() -> argparse.ArgumentParser:
         to, "ablate", commands.ablate, AblateSettings, "fill a table of searches that differ in one respect, in parts"
     )
 
-    plot = _command(to, "plot", commands.plot, "draw the pictures of a search again from its folder", " FOLDER")
+    plot = _command(
+        to,
+        "plot",
+        commands.plot,
+        "draw the pictures and write the report of a search from its folder",
+        " FOLDER",
+    )
     plot.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a search")
+    plot.add_argument("--tensorboard", action="store_true", help="also write event files for TensorBoard")
     return parser
 
 

@@ -18,6 +18,7 @@ from examples.nas_interleaving.outlier import load
 from examples.nas_interleaving.plots import draw_run
 from examples.nas_interleaving.presets import PRESETS
 from examples.nas_interleaving.published import find_genotype
+from examples.nas_interleaving.report import write_report
 from examples.nas_interleaving.retrain import training_batches
 from examples.nas_interleaving.run_folder import RunFolder
 from examples.nas_interleaving.search import search
@@ -26,6 +27,7 @@ from examples.nas_interleaving.settings import RetrainSettings
 from examples.nas_interleaving.table_folder import TableFolder, TablePlan, same_or_refused
 from examples.nas_interleaving.table_settings import AblateSettings, CompareSettings
 from examples.nas_interleaving.tasks import Task
+from examples.nas_interleaving.tensorboard import write_events
 from examples.nas_interleaving.workers import work_in_processes
 
 COMMAND = "python -m examples.nas_interleaving"
@@ -57,8 +59,10 @@ def run(options: argparse.Namespace, left: list[RunFolder]) -> None:
             results.add(found_in(place), seed)
             if settings.algorithm != RANDOM:
                 results.add(drawn_at_random(settings.nodes, seed), seed)
+    for seed in seeds:
+        write_report(folder if len(seeds) == 1 else RunFolder(folder.path / f"seed_{seed}"))
     print(f"\nTest accuracy in per cent after retraining from scratch:\n\n{results.summary()}\n")
-    print(f"Everything is in {folder.path}: drawings, curves, metrics, genotypes.")
+    print(f"Everything is in {folder.path}: report.html, drawings, metrics, genotypes.")
 
 
 def search_only(options: argparse.Namespace, left: list[RunFolder]) -> None:
@@ -71,6 +75,7 @@ def search_only(options: argparse.Namespace, left: list[RunFolder]) -> None:
     left.append(folder)
     print(graph)
     search(folder, tasks, settings, data)
+    write_report(folder)
     print(f"The search is in {folder.path}; go on with: {COMMAND} evaluate {folder.path}")
 
 
@@ -119,7 +124,11 @@ def plot(options: argparse.Namespace, left: list[RunFolder]) -> None:
     """Draw a search again."""
     folder = RunFolder(options.folder)
     left.append(folder)
+    folder.read_search_settings()  # or else it is no search
+    if options.tensorboard:
+        write_events(folder)
     draw_run(folder)
+    write_report(folder)
 
 
 def _fill_table(

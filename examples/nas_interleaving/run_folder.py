@@ -128,6 +128,15 @@ class RunFolder:
                 if content is not None:
                     yield content
 
+    def read_bytes(self, name: str) -> bytes:
+        """Return what a file holds."""
+        with _refused(self.path / name, "read", _A_SEARCH):
+            return (self.path / name).read_bytes()
+
+    def read_text(self, name: str) -> str:
+        """Return the text of a file."""
+        return self._read(name, str)
+
     def read_json(self, name: str) -> dict[str, Any]:
         """Return a JSON object."""
         return self._read(name, _json_object)

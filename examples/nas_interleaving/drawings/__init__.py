@@ -1,0 +1,1 @@
+"""Figures of a search, each from what its run folder holds."""
