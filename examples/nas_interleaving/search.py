@@ -53,8 +53,8 @@ def search(
     finally:
         if folder.has(WEIGHTS):  # the end can come before them
             folder.write_text(GENOTYPE, folder.decode_weights(run.chosen_step).to_json())
-            if draw:
-                plots.draw_run(folder)
+        if draw and folder.has(GENOTYPE):
+            plots.draw_run(folder)
     return folder.read_genotype()
 
 
