@@ -70,6 +70,11 @@ class LinearSystem:
         if self._stage.warm_starts is not None and self._warm_start_key is not None:
             self._stage.warm_starts[self._warm_start_key] = self.all_parameters(solution)
 
+    def forget(self) -> None:
+        """Drop the kept solution, so that the next step begins without one."""
+        if self._stage.warm_starts is not None and self._warm_start_key is not None:
+            self._stage.warm_starts.pop(self._warm_start_key, None)
+
     def product(self, vector: Sequence[Tensor]) -> Vector:
         """Return Hᵀ·vector (H·vector if the system is the transposed one)."""
         self.products += 1

@@ -320,3 +320,19 @@ def test_second_derivatives_of_any_size(size):
     (second,) = torch.autograd.grad(first, x)
     assert first.item() / size == pytest.approx(1.4, rel=1e-5)
     assert second.item() / size == pytest.approx(2.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", [mlo.ConjugateGradient(warm_start=True), mlo.SOBA(steps=60, scale=0.5)])
+def test_solves_of_higher_derivatives_leave_the_warm_start_alone(method):
+    """What is kept is λ = c / cosh w of the first derivative."""
+    at, kept = torch.tensor([0.3, -0.8, 0.5]), {}
+    x = at.clone().requires_grad_()
+    loss = lambda w, x: (torch.cosh(w) - w * torch.sinh(x)).sum()
+    response = mlo.best_response(loss, at, x, method, warm_starts=kept)
+    (first,) = torch.autograd.grad((response**2).sum(), x, create_graph=True)
+    adjoint = 2 * at / torch.cosh(at)
+    for _ in range(2):
+        ((found,),) = kept.values()
+        assert zoo.relative_error(found, adjoint) < 1e-9
+        (second,) = torch.autograd.grad(first.sum(), x, retain_graph=True)
+        assert zoo.relative_error(second, torch.full((3,), 2.0)) < 1e-9

@@ -79,6 +79,23 @@ def test_soba_reports_the_residual_before_its_last_step():
     assert (result.status, result.iterations, result.products) == (mlo.Status.TRUNCATED, 3, 3)
 
 
+def test_soba_starts_again_from_zero_once_it_has_diverged():
+    """H = 2 and a step of 10: the residual 1 − 2λ grows by −19 per step, past a thousand times c in the fourth."""
+    kept, found = {}, []
+    for step in range(5):
+        x = torch.tensor(3.0, requires_grad=True)
+        method = mlo.SOBA(scale=10.0, on_breakdown="raise")
+        w = mlo.best_response(lambda w, x: w**2 - w * x, x.detach() / 2, x, method, warm_starts=kept)
+        if step == 3:
+            with pytest.raises(mlo.BreakdownError) as caught:
+                w.backward()
+            assert caught.value.report.status is mlo.Status.DIVERGED
+            assert caught.value.report.relative_residual == pytest.approx(19**3, rel=1e-12)
+        else:
+            found.append(torch.autograd.grad(w, x)[0].item())
+    assert found == pytest.approx([10.0, -180.0, 3430.0, 10.0], rel=1e-12)
+
+
 def test_soba_trains_to_the_exact_optimum():
     """All three variables move at once, and come to rest where the exact hypergradient vanishes."""
     curvature, t = zoo.spd(3), torch.randn(3)

@@ -131,7 +131,7 @@ class ImplicitMethod(HypergradientMethod):
         )
 
     def solve_and_settle(self, stage: StageFunction, system: LinearSystem) -> Vector:
-        """Solve, record the report, apply the policy and keep λ for a warm start."""
+        """Solve, keep λ for a warm start unless it broke down, record the report and apply the policy."""
         with torch.no_grad():
             result = self._checked(self.solve(system), system)
         report = SolveReport(
@@ -143,9 +143,12 @@ class ImplicitMethod(HypergradientMethod):
             products=system.products,
             gradient_norm=norm([g for g in system.gradient if g is not None]),
         )
+        if self.keeps_solutions:
+            if result.status.ok:
+                system.keep(result.vector)
+            else:
+                system.forget()
         self.settle(stage, report)
-        if self.keeps_solutions and result.status.ok:
-            system.keep(result.vector)
         return result.vector
 
 
