@@ -659,6 +659,15 @@ def test_elimination_tells_a_rotated_singular_matrix_and_gives_the_solution_of_l
     assert zoo.relative_error(result.vector, torch.as_tensor(least)) < 1e-12
 
 
+def test_a_truncated_series_reports_the_share_of_the_residual_before_its_last_term():
+    """(I − SH)ᵏc with SH = ½."""
+    for rhs in (torch.tensor([3.0, -4.0]), torch.tensor([3e-5, 0.0])):
+        result = solved(Neumann(terms=4, scale=0.25, rtol=0.0), 2 * torch.eye(2), rhs)
+        assert (result.status, result.iterations, result.products) == (Status.TRUNCATED, 4, 3)
+        assert result.residual == pytest.approx(0.5**3, rel=1e-14)
+        assert zoo.relative_error(result.vector, 0.25 * (1 + 0.5 + 0.25 + 0.125) * rhs) < 1e-14
+
+
 def test_the_curvature_of_a_direction_is_measured_by_its_own_length():
     """The second direction is (0, 30) at a residual of length 9.5: the two lengths would disagree on what is flat."""
     rhs = torch.tensor([1.0, 3.0])
