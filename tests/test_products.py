@@ -278,3 +278,16 @@ def test_a_parameter_in_which_the_gradient_is_constant_has_a_row_of_zeros():
     # λ = ¼ (1 + ¾, 1 + 1), and ∂²L/∂w∂x = (−1, 1)
     (found,) = torch.autograd.grad(a + b, x)
     assert found.item() == pytest.approx(0.25 * (1.75 - 2.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("side", [1, -1])
+@pytest.mark.parametrize(
+    "method", [mlo.FiniteDifference(scale=0.5), mlo.Identity(0.5, product=mlo.CentralDifferences())]
+)
+def test_a_side_that_does_not_reach_an_input_counts_as_zero(method, side):
+    """w² + wx for w of one sign alone: ∂L/∂x is w there and nothing on the other side, ½ on the average of the two."""
+    x = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    at = torch.tensor(0.0, dtype=torch.float64)
+    response = mlo.best_response(lambda w, x: w**2 + w * x if w * side > 0 else w**2, at, x, method)
+    (found,) = torch.autograd.grad(response, x)
+    assert found.item() == pytest.approx(-0.5 * 0.5, rel=1e-9)
