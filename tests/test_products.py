@@ -291,3 +291,49 @@ def test_a_side_that_does_not_reach_an_input_counts_as_zero(method, side):
     response = mlo.best_response(lambda w, x: w**2 + w * x if w * side > 0 else w**2, at, x, method)
     (found,) = torch.autograd.grad(response, x)
     assert found.item() == pytest.approx(-0.5 * 0.5, rel=1e-9)
+
+
+class Linearised(mlo.HypergradientMethod):
+    """Notes the matrices whose products a linearisation forms."""
+
+    def __init__(self, product):
+        super().__init__()
+        object.__setattr__(self, "product", product)
+        object.__setattr__(self, "seen", {})
+
+    def pullback(self, stage, cotangents, solution, inputs, needed):
+        units = [tuple(row.split([1, 2])) for row in torch.eye(3)]
+        with self.product.linearised(stage, solution, inputs, needed) as linearisation:
+            for name in ("transposed_product", "product"):
+                columns = [torch.cat(getattr(linearisation, name)(unit)) for unit in units]
+                self.seen[name] = torch.stack(columns, dim=1)
+        return tuple(torch.zeros_like(x) for x in inputs)
+
+
+@pytest.mark.parametrize("product", [mlo.DoubleBackward(), *FIRST_ORDER], ids=kind)
+def test_both_products_know_signs_and_decay(product):
+    """H = S A + ρ for L = ½ θᵀ A θ, S the signs of a group that minimises and one that maximises, and ρ its decays."""
+    a = zoo.spd(3)
+
+    class Stage(mlo.Problem):
+        def training_step(self, batch):
+            theta = torch.cat([self.params["down"], self.params["up"]])
+            return 0.5 * theta @ a @ theta - theta.sum() * self.deps.top.params["x"]
+
+    class Top(mlo.Problem):
+        def training_step(self, batch):
+            return self.deps.stage.params["down"].sum()
+
+    low = torch.nn.ParameterDict({"down": torch.randn(1), "up": torch.randn(2)})
+    top = torch.nn.ParameterDict({"x": torch.zeros(())})
+    groups = [
+        {"params": [low["down"]], "weight_decay": 0.3},
+        {"params": [low["up"]], "maximize": True, "weight_decay": 0.1},
+    ]
+    method = Linearised(product)
+    sgd = torch.optim.SGD(groups, lr=0.1)
+    stage = Stage("stage", low, optimizer=sgd, depends_on=["top"], hypergradient=method)
+    mlo.Engine([stage, Top("top", top, depends_on=["stage"])]).hypergradient("top")
+    matrix = torch.diag(torch.tensor([1.0, -1.0, -1.0])) @ a + torch.diag(torch.tensor([0.3, 0.1, 0.1]))
+    assert zoo.relative_error(method.seen["product"], matrix.T) < 1e-8
+    assert zoo.relative_error(method.seen["transposed_product"], matrix) < 1e-8

@@ -659,6 +659,12 @@ def test_elimination_tells_a_rotated_singular_matrix_and_gives_the_solution_of_l
     assert zoo.relative_error(result.vector, torch.as_tensor(least)) < 1e-12
 
 
+def test_elimination_reports_the_share_of_the_residual():
+    result = solved(Dense(), torch.diag(torch.tensor([2.0, 0.0])), torch.tensor([3.0, 4.0]))
+    assert (result.status, result.residual) == (Status.SINGULAR, pytest.approx(0.8, rel=1e-14))
+    assert zoo.relative_error(result.vector, torch.tensor([1.5, 0.0])) < 1e-14
+
+
 def test_a_truncated_series_reports_the_share_of_the_residual_before_its_last_term():
     """(I − SH)ᵏc with SH = ½."""
     for rhs in (torch.tensor([3.0, -4.0]), torch.tensor([3e-5, 0.0])):
