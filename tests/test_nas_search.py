@@ -420,7 +420,7 @@ def test_a_broken_file_is_named(file, content, message, searched, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["run", "search", "evaluate", "plot"])
+@pytest.mark.parametrize("command", ["run", "search", "evaluate", "compare", "ablate", "plot"])
 def test_help_gives_each_default_once_and_in_words(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -429,7 +429,7 @@ def test_help_gives_each_default_once_and_in_words(command, capsys):
     assert text.count("default:") == len(defaults)
     assert [d for d in defaults if not d or d == "None" or d.startswith("(")] == []
     assert "PyTorch's own choice" in defaults
-    assert ("digits:0-4 digits:5-9" in defaults) == (command in ("run", "search"))
+    assert ("digits:0-4 digits:5-9" in defaults) == (command not in ("evaluate", "plot"))
     assert "None" not in re.findall(r"\w+", text)
 
 

@@ -180,6 +180,9 @@ def test_the_same_settings_again_do_nothing(whole, capsys):
         (["--algorithms", "interleaving:seed=2"], "expected setting=value, got 'seed=2'"),
         (["--algorithms", "joint:method=newton"], "unknown name 'newton'"),
         (["--batch-size", "5000"], "Lower batch_size"),
+        (["--seeds", "1", "1"], "seeds = (1, 1): expected different ones"),
+        (["--jobs", "2", "--threads", "2"], "threads = 2: each of 2 jobs has one"),
+        (["--steps", "3", "--epochs", "2"], "steps and epochs are both given"),
         (["--retrain-batch-size", "5000"], "Lower retrain_batch_size"),
     ],
 )
@@ -187,6 +190,25 @@ def test_a_table_that_cannot_be_filled_is_refused_before_anything_is_written(fla
     assert main(["compare", *FLAGS, *flags, "--folder", str(tmp_path / "table")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "table").exists()
+
+
+def test_epochs_are_counted_in_steps_for_equal_budgets(tmp_path, capsys):
+    flags = [*FLAGS[:6], "--epochs", "2", "--warmup-epochs", "1", *FLAGS[10:]]
+    folder = tmp_path / "table"
+    assert main(["compare", *flags, "--algorithms", "random", "--seeds", "0", "--folder", str(folder)]) == 0
+    plan = TableFolder(folder).read_plan()
+    assert (plan.search.epochs, plan.counted.epochs) == (2, 0)
+    shortest = min(len(task.train) for task in load(plan.search.tasks, plan.data)) // 8
+    assert (plan.counted.steps, plan.counted.warmup) == (2 * shortest, shortest)
+    assert main(["compare", *flags, "--folder", str(folder)]) == 0, "the same settings again"
+    assert main(["compare", "--epochs", "3", "--folder", str(folder)]) == 2
+    assert "epochs = 3: the table in this folder has 2" in capsys.readouterr().err
+
+
+def test_a_warm_up_in_steps_does_not_go_with_a_preset_in_epochs(tmp_path, capsys):
+    flags = ["--preset", "darts-cifar", "--warmup", "2", "--tasks", "digits", "--folder", str(tmp_path / "run")]
+    assert main(["search", *flags]) == 2
+    assert "warmup counts steps, and epochs = 50 are given. Give warmup_epochs" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):

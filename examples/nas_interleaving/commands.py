@@ -134,6 +134,8 @@ def plot(options: argparse.Namespace, left: list[RunFolder]) -> None:
 def _fill_table(
     options: argparse.Namespace, left: list[RunFolder], kind: type[CompareSettings | AblateSettings]
 ) -> None:
+    if options.jobs > 1 and options.threads is not None:
+        raise SettingsError(f"threads = {options.threads}: each of {options.jobs} jobs has one. Leave it out, or jobs.")
     table = TableFolder(options.folder)
     if table.exists:
         plan = table.read_plan()

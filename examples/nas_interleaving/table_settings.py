@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from examples.nas_interleaving.options import Settings, choice, counts, text, texts
+from examples.nas_interleaving.options import Settings, SettingsError, choice, counts, text, texts
 
 EQUAL_BUDGET = "equal"
 EQUAL_STEPS = "steps"
@@ -17,7 +17,20 @@ _BUDGET_HELP = (
 
 
 @dataclass(frozen=True)
-class CompareSettings(Settings):
+class TableSettings(Settings):
+    """What tables have in common."""
+
+    seeds: tuple[int, ...] = counts((0, 1, 2), "one column of cells for each", "0 1 2", least=0)
+
+    def __post_init__(self) -> None:
+        """Check every field, and that the seeds differ."""
+        super().__post_init__()
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise SettingsError(f"seeds = {self.seeds}: expected different ones, at least one.")
+
+
+@dataclass(frozen=True)
+class CompareSettings(TableSettings):
     """Settings of the comparison."""
 
     algorithms: tuple[str, ...] = texts(
@@ -27,11 +40,10 @@ class CompareSettings(Settings):
         "joint",
     )
     budget: str = choice(EQUAL_BUDGET, _BUDGET_HELP, BUDGETS)
-    seeds: tuple[int, ...] = counts((0, 1, 2), "one column of cells for each", "0 1 2", least=0)
 
 
 @dataclass(frozen=True)
-class AblateSettings(Settings):
+class AblateSettings(TableSettings):
     """Settings of the ablations."""
 
     vary: tuple[str, ...] = texts(
@@ -42,4 +54,3 @@ class AblateSettings(Settings):
     )
     outlier: str = text("", "task that is added as an outlier", "the first task with its pixels shuffled", empty=True)
     budget: str = choice(EQUAL_STEPS, _BUDGET_HELP, BUDGETS)
-    seeds: tuple[int, ...] = counts((0, 1, 2), "one column of cells for each", "0 1 2", least=0)
