@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
+import shlex
 import sys
 import types
 from html.parser import HTMLParser
@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.nas_interleaving import plots
+from examples.nas_interleaving import cli, plots
 from examples.nas_interleaving.cli import main
+from examples.nas_interleaving.command_options import read_settings
+from examples.nas_interleaving.data.settings import DataSettings
 from examples.nas_interleaving.drawings.cells import draw_cells
 from examples.nas_interleaving.drawings.graph import draw_graph
 from examples.nas_interleaving.drawings.heat_maps import animate_heat_maps, draw_heat_maps
@@ -25,6 +27,7 @@ from examples.nas_interleaving.drawings.weights import draw_edges, has_edge_weig
 from examples.nas_interleaving.genotype import CELL_KINDS, Genotype, edge_count
 from examples.nas_interleaving.operations import OPERATION_NAMES
 from examples.nas_interleaving.report import write_report
+from examples.nas_interleaving.reproduction import command_line
 from examples.nas_interleaving.run_folder import RunFolder
 from examples.nas_interleaving.search_settings import SearchSettings
 
@@ -75,9 +78,7 @@ def folder(tmp_path):
     """The folder of a search with edge weights, as a search would leave it, and of one evaluation."""
     run = RunFolder.create(tmp_path / "run")
     settings = SearchSettings(tasks=tuple(TITLES.values()), rounds=1, steps=6, warmup=1, nodes=2, space="pc-darts")
-    run.write_config(settings)
-    config = json.loads((run.path / "config.json").read_text())
-    run.write_json("config.json", config | {"command": ["search", "--tasks", "digits:0-1", "a b"]})
+    run.write_config(settings, DataSettings(augment=False))
     run.write_json("status.json", {"state": "complete", "steps": 6, "seconds": 12.3})
     run.write_text(
         "graph.mmd",
@@ -128,7 +129,7 @@ def test_the_report_holds_everything_and_needs_no_other_file(folder):
     text = "".join(page.texts)
     markdown = (folder.path / "report.md").read_text()
     for found in (text, markdown):
-        assert "python -m examples.nas_interleaving search --tasks digits:0-1 'a b'" in found
+        assert "python -m examples.nas_interleaving search --tasks digits:0-1 digits:2-3 --rounds 1 --steps 6" in found
         assert "Complete after 6 of 6 steps and 12 seconds." in found
         assert "<interleaving> | 97.50" in found, "text is text, not markup"
         assert "p1 -->|response| p2" in found
@@ -283,3 +284,39 @@ def test_without_the_package_tensorboard_is_refused(folder, monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert main(["plot", str(folder.path), "--tensorboard"]) == 2
     assert "Install it (pip install tensorboard)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"tasks": ("digits:0-1", "digits:2-3"), "method": ("neumann:terms=3", "learner_1_round_1=identity")},
+        {"shrink_operations": (8, 5), "shrink_cells": (2, 3), "skip_dropout": (0.0, 0.4), "proximity": 0.0},
+        {
+            "algorithm": "joint",
+            "rounds": 1,
+            "task_weights": (0.25, 0.75),
+            "proximity": 1.0,
+            "architecture_learning_rate": 1e-05,
+        },
+    ],
+)
+def test_the_command_of_a_report_gives_the_settings_back(changed):
+    settings, data = SearchSettings(**changed), DataSettings(augment=False, images_per_class=7, data="a folder")
+    words = shlex.split(command_line(settings, data, 2))
+    assert words[:4] == ["python", "-m", "examples.nas_interleaving", "search"]
+    options = cli._parser().parse_args(words[3:])
+    assert read_settings(SearchSettings, options) == settings
+    assert read_settings(DataSettings, options) == data
+    assert options.threads == 2
+
+
+def test_the_command_leaves_out_what_the_algorithm_does_not_read():
+    command = command_line(SearchSettings(algorithm="joint", rounds=1, proximity=0.5), DataSettings(), 1)
+    assert "proximity" not in command
+
+
+def test_a_search_on_tasks_of_a_script_cannot_be_had_by_a_command(folder):
+    folder.write_config(SearchSettings(tasks=("own",), rounds=1))
+    write_report(folder)
+    assert "made by a script of your own" in (folder.path / "report.md").read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -12,6 +11,8 @@ from string import Template
 from typing import Any
 
 from examples.nas_interleaving import plots
+from examples.nas_interleaving.data.settings import DataSettings
+from examples.nas_interleaving.reproduction import command_line
 from examples.nas_interleaving.run_folder import CONFIG, TABLE, RunFolder
 from examples.nas_interleaving.search_settings import SearchSettings
 from examples.nas_interleaving.status import COMPLETE, describe
@@ -19,7 +20,6 @@ from examples.nas_interleaving.status import COMPLETE, describe
 REPORT_MD = "report.md"
 REPORT_HTML = "report.html"
 
-_COMMAND = "python -m examples.nas_interleaving"
 _EVALUATIONS = "evaluation*"
 
 _PICTURES = {
@@ -151,8 +151,7 @@ def _parts(folder: RunFolder) -> list[_Part]:
     config, settings, status = folder.read_json(CONFIG), folder.read_search_settings(), folder.read_status()
     parts: list[_Part] = [
         _Text(f"Search: {settings.algorithm} on {', '.join(settings.tasks)}", _state(status, settings), level=1),
-        _Text("To run it again"),
-        _Code("sh", f"{_COMMAND} {shlex.join(config['command'])}"),
+        *_again(config, settings),
         *_results(folder),
     ]
     for name, (heading, caption) in _PICTURES.items():
@@ -165,6 +164,14 @@ def _parts(folder: RunFolder) -> list[_Part]:
         parts += [_Text("Data"), _Table([["setting", "value"], *_rows(config["data"])])]
     versions = {**config["versions"], "threads": config["threads"]}
     return [*parts, _Text("Versions"), _Table([["of", "is"], *_rows(versions)])]
+
+
+def _again(config: Mapping[str, Any], settings: SearchSettings) -> list[_Part]:
+    heading = "To search again"
+    if "data" not in config:
+        return [_Text(heading, "The tasks were made by a script of your own; run it again, with the settings below.")]
+    command = command_line(settings, DataSettings.from_dict(config["data"]), config["threads"])
+    return [_Text(heading), _Code("sh", command)]
 
 
 def _state(status: Mapping[str, Any], settings: SearchSettings) -> str:
