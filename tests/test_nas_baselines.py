@@ -117,7 +117,7 @@ def test_first_order_darts_has_no_indirect_gradient(tasks):
 
 
 def test_a_warm_start_hands_one_network_from_stage_to_stage(tasks):
-    engine = build_engine(tasks, _settings("warm-start", rounds=2, method=("stop-gradient",)))
+    engine = build_engine(tasks, _settings("warm-start", rounds=2, method=("stop-gradient",), momentum=0.9))
     names = stage_names(2, 2)
     hand = {n: p.detach().clone() for n, p in engine.problems[names[0]].module.named_parameters()}
     network = engine.problems[names[0]].module
