@@ -294,7 +294,7 @@ def test_a_side_that_does_not_reach_an_input_counts_as_zero(method, side):
 
 
 class Linearised(mlo.HypergradientMethod):
-    """Notes the matrices whose products a linearisation forms."""
+    """Notes the gradient of a linearisation, and the matrices whose products it forms."""
 
     def __init__(self, product):
         super().__init__()
@@ -304,6 +304,7 @@ class Linearised(mlo.HypergradientMethod):
     def pullback(self, stage, cotangents, solution, inputs, needed):
         units = [tuple(row.split([1, 2])) for row in torch.eye(3)]
         with self.product.linearised(stage, solution, inputs, needed) as linearisation:
+            self.seen["gradient"] = torch.cat(linearisation.gradient).detach()
             for name in ("transposed_product", "product"):
                 columns = [torch.cat(getattr(linearisation, name)(unit)) for unit in units]
                 self.seen[name] = torch.stack(columns, dim=1)
@@ -311,7 +312,7 @@ class Linearised(mlo.HypergradientMethod):
 
 
 @pytest.mark.parametrize("product", [mlo.DoubleBackward(), *FIRST_ORDER], ids=kind)
-def test_both_products_know_signs_and_decay(product):
+def test_gradient_and_both_products_know_signs_and_decay(product):
     """H = S A + ρ for L = ½ θᵀ A θ, S the signs of a group that minimises and one that maximises, and ρ its decays."""
     a = zoo.spd(3)
 
@@ -335,5 +336,7 @@ def test_both_products_know_signs_and_decay(product):
     stage = Stage("stage", low, optimizer=sgd, depends_on=["top"], hypergradient=method)
     mlo.Engine([stage, Top("top", top, depends_on=["stage"])]).hypergradient("top")
     matrix = torch.diag(torch.tensor([1.0, -1.0, -1.0])) @ a + torch.diag(torch.tensor([0.3, 0.1, 0.1]))
+    theta = torch.cat([low["down"], low["up"]]).detach()
+    assert zoo.relative_error(method.seen["gradient"], matrix @ theta) < 1e-14
     assert zoo.relative_error(method.seen["product"], matrix.T) < 1e-8
     assert zoo.relative_error(method.seen["transposed_product"], matrix) < 1e-8
