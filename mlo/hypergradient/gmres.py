@@ -131,8 +131,8 @@ class _KrylovSpace:
 
     @property
     def at_minimum(self) -> bool:
-        """Whether ‖Hr‖ is small beside ‖H‖‖r‖: its square is what the length of r can still shrink by."""
-        return bool(self._lengths) and self._lengths[0] <= math.sqrt(self._unit) * max(self._lengths)
+        """Whether ‖Hr‖ is small beside ‖H‖‖r‖: its square, what the length of r can still shrink by, is rounding."""
+        return bool(self._lengths) and self._lengths[0] <= math.sqrt(FLAT * self._unit) * max(self._lengths)
 
     def add(self, image: Vector) -> bool:
         """Take H times the last vector of the basis into the problem; return whether H is regular on the new space."""
