@@ -1,0 +1,1 @@
+"""How exact the hypergradients of an interleaving search are: `python -m examples.nas_interleaving.exactness`."""
