@@ -160,3 +160,18 @@ def test_a_progressive_search_goes_on_with_the_operations_that_weighed_most(task
     metrics = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     outcomes = [m["outcome"] for m in metrics if m["problem"] == "architecture"]
     assert outcomes == ["warm-up", "stepped", "stepped"] * 2
+
+
+def test_the_architecture_of_a_search_keeps_to_its_limit_of_skip_connections(tmp_path):
+    folder = RunFolder.create(tmp_path / "limited")
+    rows = [[0.0, 0.1, 0.1, 0.4, 0.2, 0.1, 0.1, 0.0]] * 2  # skip connections weigh most, then separable convolutions
+    folder.append("architecture.jsonl", {"step": 1, "normal": rows, "reduction": rows})
+    for limit, expected in (
+        (-1, ["skip_connect"] * 2),
+        (1, ["sep_conv_3x3", "skip_connect"]),
+        (0, ["sep_conv_3x3"] * 2),
+    ):
+        folder.write_config(SearchSettings(nodes=1, max_skips=limit))
+        genotype = folder.decode_weights()
+        assert sorted(name for name, _ in genotype.normal[0]) == expected
+        assert [name for name, _ in genotype.reduction[0]] == ["skip_connect"] * 2

@@ -104,7 +104,7 @@ def test_methods_are_chosen_per_stage():
     assert parse_method("finite-difference") == mlo.FiniteDifference()
     engine = build_engine(load_tasks(TINY.tasks), replace(TINY, method=("learner_2_round_1=stop-gradient",)))
     assert engine.graph.method("learner_2_round_1") == mlo.StopGradient()
-    assert engine.graph.method("learner_1_round_1") == mlo.FiniteDifference()
+    assert engine.graph.method("learner_1_round_1") == mlo.Identity()
 
 
 @pytest.mark.parametrize(

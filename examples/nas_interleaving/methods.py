@@ -9,6 +9,7 @@ from typing import Any
 
 import mlo
 from examples.nas_interleaving.options import SettingsError
+from examples.nas_interleaving.search_settings import ONE_STEP
 
 METHODS: dict[str, type[mlo.HypergradientMethod]] = {
     "finite-difference": mlo.FiniteDifference,
@@ -93,7 +94,7 @@ def stage_methods(texts: Sequence[str], stages: Sequence[str]) -> dict[str, mlo.
             )
         chosen[stage] = method
     parsed = {stage: parse_method(method) for stage, method in chosen.items()}
-    default = parsed.get(None, mlo.FiniteDifference())
+    default = parsed.get(None) or parse_method(ONE_STEP)
     return {stage: parsed.get(stage, default) for stage in stages}
 
 

@@ -163,8 +163,10 @@ class RunFolder:
         last = deque((line for line in lines if step is None or line.get("step") == step), maxlen=1)
         if not last:
             raise RunFolderError(f"{self.path / WEIGHTS} holds no weights: the search ended before it began.")
+        most = self.read_search_settings().max_skips
         try:
-            return Genotype.decode({kind: torch.tensor(last[0][kind]) for kind in CELL_KINDS})
+            weights = {kind: torch.tensor(last[0][kind]) for kind in CELL_KINDS}
+            return Genotype.decode(weights, max_skips=None if most < 0 else most)
         except (ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{self.path / WEIGHTS} cannot be read: no weights in its last line.") from error
 

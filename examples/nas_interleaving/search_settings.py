@@ -32,6 +32,10 @@ ALGORITHMS = (INTERLEAVING, NO_TRANSFER, WARM_START, JOINT, DARTS, DARTS_FIRST_O
 ONE_ROUND = (NO_TRANSFER, JOINT, DARTS, DARTS_FIRST_ORDER, RANDOM)
 ON_ONE_TASK = (DARTS, DARTS_FIRST_ORDER)
 
+#: One step of each stage, as in the paper, but by double backward. A supernet has kinks at its very weights (max pooling
+#: over equal background, ReLU at 0), where differences over a short way are wrong: see docs/nas.md.
+ONE_STEP = "identity"
+
 #: Settings that an algorithm does not read.
 _UNREAD = {
     NO_TRANSFER: ("proximity", "task_weights"),
@@ -71,7 +75,7 @@ class SearchSettings(Settings):
         (), "weight of each task's loss in joint training, one per task", "1/K for each"
     )
     method: tuple[str, ...] = texts(
-        ("finite-difference",),
+        (ONE_STEP,),
         "hypergradient method of all stages, or stage=method for one of them, e.g. neumann:terms=5, "
         "unroll:product=central-differences or learner_1_round_2=conjugate-gradient:max_steps=5,damping=0.1",
         "neumann",
@@ -96,6 +100,7 @@ class SearchSettings(Settings):
         below=1.0,
         zero=True,
     )
+    max_skips: int = count(-1, "most skip connections of the normal cell that is decoded, as in P-DARTS; -1: any", -1)
     batch_size: int = count(32, "images per task in a step")
     learning_rate: float = number(0.05, "of the stages (SGD with momentum)")
     schedule: str = choice("cosine", f"of the stages' learning rate: {', '.join(SCHEDULES)}", SCHEDULES)
