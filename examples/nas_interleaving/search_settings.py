@@ -32,8 +32,8 @@ ALGORITHMS = (INTERLEAVING, NO_TRANSFER, WARM_START, JOINT, DARTS, DARTS_FIRST_O
 ONE_ROUND = (NO_TRANSFER, JOINT, DARTS, DARTS_FIRST_ORDER, RANDOM)
 ON_ONE_TASK = (DARTS, DARTS_FIRST_ORDER)
 
-#: One step of each stage, as in the paper, but by double backward. A supernet has kinks at its very weights (max pooling
-#: over equal background, ReLU at 0), where differences over a short way are wrong: see docs/nas.md.
+#: One step of each stage, as in the paper, but by double backward. A supernet has kinks at its very weights (ReLU at 0,
+#: max pooling over equal background), where differences over a short way are wrong: see docs/nas.md.
 ONE_STEP = "identity"
 
 #: Settings that an algorithm does not read.
