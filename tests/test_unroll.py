@@ -455,3 +455,29 @@ def test_the_adaptive_identity_needs_an_optimizer_that_is_known():
             build(mlo.AdaptiveIdentity(), "rprop")
     finally:
         del OPTIMIZERS["rprop"]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.4])
+def test_the_adaptive_identity_of_a_stage_that_maximises(decay):
+    """∂θ⁺/∂x of Adagrad's next step, written out: g ← −∂L/∂w + ρw, v ← 3 + g², w ← w − η g/√v."""
+
+    class Stage(mlo.Problem):
+        def training_step(self, batch):
+            w = self.params["w"]
+            return (w * self.deps.top.params["x"].sin() - w**2).sum()
+
+    class Top(mlo.Problem):
+        def training_step(self, batch):
+            return self.deps.stage.params["w"].sum()
+
+    low, top = torch.nn.ParameterDict({"w": torch.tensor([0.7])}), torch.nn.ParameterDict({"x": torch.tensor([0.4])})
+    options = {"initial_accumulator_value": 3.0, "eps": 0.0, "maximize": True, "weight_decay": decay}
+    optimizer = torch.optim.Adagrad(low.parameters(), lr=0.8, **options)
+    stage = Stage("stage", low, optimizer=optimizer, depends_on=["top"], hypergradient=mlo.AdaptiveIdentity())
+    found = mlo.Engine([stage, Top("top", top, depends_on=["stage"])]).hypergradient("top")["x"]
+
+    w, x = torch.tensor([0.7]), torch.tensor([0.4], requires_grad=True)
+    g = -(x.sin() - 2 * w) + decay * w
+    (expected,) = torch.autograd.grad(w - 0.8 * g / (3 + g**2).sqrt(), x)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert abs(expected.item()) > 0.1
