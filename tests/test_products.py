@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import mlo
+from mlo.products.directional import shift_length
 from tests import zoo
 
 FIRST_ORDER = [mlo.ForwardOverReverse(), mlo.CentralDifferences()]
@@ -340,3 +341,11 @@ def test_gradient_and_both_products_know_signs_and_decay(product):
     assert zoo.relative_error(method.seen["gradient"], matrix @ theta) < 1e-14
     assert zoo.relative_error(method.seen["product"], matrix.T) < 1e-8
     assert zoo.relative_error(method.seen["transposed_product"], matrix) < 1e-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [0.1, 50.0])
+def test_the_length_of_a_shift_is_what_the_docstring_says(dtype, size):
+    unit = torch.finfo(dtype).eps
+    expected = max(unit ** (1 / 3) / 32, 32 * unit) * max(1.0, size)
+    assert shift_length([torch.full((4,), size / 2, dtype=dtype)]) == pytest.approx(expected, rel=4 * unit)
