@@ -16,7 +16,7 @@ from mlo.bench.stage import Case, Stage, View
 
 LENGTHS = (4, 12, 32)
 
-_FEATURES, _CLASSES, _EXAMPLES, _HELD_OUT = 64, 10, 1200, 512
+_FEATURES, _CLASSES, _EXAMPLES = 64, 10, 512
 
 
 def _train(own: View, others: Mapping[str, View], batch: Any) -> Tensor:
@@ -41,7 +41,7 @@ def _validate(_: View, others: Mapping[str, View], batch: Any) -> Tensor:
 
 
 def build(request: Request) -> Case:
-    """Return the case at random weights: every stage has its own draw of 1,200 digits."""
+    """Return the case at random weights: every stage has its own draw of 512 digits."""
     topology, length = request.size.split("-")
     train, held_out = parts(digits(), (0.7, 0.3), request.seed)
     generator = torch.Generator().manual_seed(request.seed)
@@ -64,7 +64,7 @@ def build(request: Request) -> Case:
         vector_module(log=torch.full((_FEATURES,), -1.0, dtype=torch.float64)),
         _validate,
         (names[-1],) if topology == "last" else tuple(names),
-        batches=((held_out.x[:_HELD_OUT], held_out.y[:_HELD_OUT]),),
+        batches=((held_out.x[:_EXAMPLES], held_out.y[:_EXAMPLES]),),
         learning_rate=0.05,
         optimizer="adam",
     )
@@ -73,7 +73,7 @@ def build(request: Request) -> Case:
 
 FAMILY = Family(
     "digits-chain",
-    "interleaving chains of K classifiers of digits (640 weights, 1,200 examples) in three topologies",
+    "interleaving chains of K classifiers of digits (640 weights, 512 examples) in three topologies",
     tuple(f"{topology}-{length}" for topology in TOPOLOGIES for length in LENGTHS),
     build,
 )
