@@ -28,8 +28,10 @@ TINY = SearchSettings(
 
 @pytest.fixture(scope="module")
 def tasks():
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    return load_tasks(TASKS)
+    yield load_tasks(TASKS)
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture(autouse=True)
