@@ -62,7 +62,7 @@ class Engine:
         self.problems: Mapping[str, Problem] = {p.name: p for p in given}
         self.step_count = 0
         self._definitions = {(p.name, option): getattr(p, option) for p in given for option in FIXED_OPTIONS}
-        self._revisions = [p._revision for p in given]
+        self._options_seen = [p._options_set for p in given]
         self._members = {p.name: Member(p) for p in given}
         for name, member in self._members.items():
             member.seen = {q: self._members[q] for q in (name, *self.graph.direct(name))}
@@ -335,8 +335,8 @@ class Engine:
 
     def _check_definitions(self) -> None:
         """Raise an error for a definition that has changed since it was checked and built upon."""
-        revisions = [p._revision for p in self.problems.values()]
-        if revisions == self._revisions:
+        counts = [p._options_set for p in self.problems.values()]
+        if counts == self._options_seen:
             return
         for (name, option), value in self._definitions.items():
             if getattr(self.problems[name], option) is not value:
@@ -344,7 +344,7 @@ class Engine:
                     f"problem {name!r}, {option}: expected what it was when the engine was built; it has been set "
                     "since. Build a new engine from the problems."
                 )
-        self._revisions = revisions
+        self._options_seen = counts
 
     def _refresh_members(self) -> None:
         """Follow what the user has frozen, unfrozen or replaced since the last step."""

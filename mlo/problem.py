@@ -121,10 +121,10 @@ class Problem(ABC):
     #: Set by the engine for the span of an evaluation.
     _frame: Frame | None = None
     #: How often one of the fixed options was set.
-    _revision = 0
+    _options_set = 0
     #: All problems of the engine that this one is part of.
     _known: Mapping[str, Problem] = MappingProxyType({})
-    _deps: Dependencies | None = None
+    _dependency_views: Dependencies | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse subclasses that would hide what the engine relies on."""
@@ -140,11 +140,13 @@ class Problem(ABC):
         check = _CHECKS.get(name)
         super().__setattr__(name, value if check is None else check(self, value))
         if name in FIXED_OPTIONS:
-            self.__dict__.update(_revision=self._revision + 1, _deps=None)
+            self.__dict__.update(_options_set=self._options_set + 1, _dependency_views=None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the problem alone, without the engine that it is in."""
-        state = {key: value for key, value in self.__dict__.items() if key not in ("_frame", "_known", "_deps")}
+        state = {
+            key: value for key, value in self.__dict__.items() if key not in ("_frame", "_known", "_dependency_views")
+        }
         return {**state, "depends_on": dict(self.depends_on)}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -176,14 +178,14 @@ class Problem(ABC):
     @property
     def deps(self) -> Dependencies:
         """Views of the problems that this one depends on, by role."""
-        if self._deps is None:
-            self.__dict__["_deps"] = Dependencies(self)
-        return self._deps  # type: ignore[return-value]
+        if self._dependency_views is None:
+            self.__dict__["_dependency_views"] = Dependencies(self)
+        return self._dependency_views  # type: ignore[return-value]
 
     def _introduce(self, problems: Mapping[str, Problem]) -> None:
         """Let the problem find all others of its engine."""
         if self._known is not problems:
-            self.__dict__.update(_known=problems, _deps=None)
+            self.__dict__.update(_known=problems, _dependency_views=None)
 
     def __repr__(self) -> str:
         """Return the class and the name."""
