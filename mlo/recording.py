@@ -15,6 +15,25 @@ from mlo.vectors import Vector
 Batches = TypeVar("Batches")
 
 
+class KeptGradients:
+    """The `.grad` of parameters as the optimizer gets it: kept without a copy, and so only while it is not changed.
+
+    Optimizers may write to it: SGD with Nesterov's momentum does.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        """Keep the present ones."""
+        self.tensors = tuple(p.grad for p in parameters)
+        self._versions = self._present_versions()
+
+    def changed(self) -> bool:
+        """Whether they were written to."""
+        return self._versions != self._present_versions()
+
+    def _present_versions(self) -> list[int | None]:
+        return [None if t is None else t._version for t in self.tensors]
+
+
 @dataclass(frozen=True)
 class RecordedStep(Generic[Batches]):
     """What one optimizer step depended on, beside parameters and state.
@@ -23,12 +42,19 @@ class RecordedStep(Generic[Batches]):
         batches: the batches and random states of its loss.
         update: the optimizer's formula with the options of that step.
         clip: upper limit of the gradient's norm, or `None`.
+        gradients: those of the loss that the step saw, if they were kept.
 
     """
 
     batches: Batches
     update: OptimizerStep
     clip: float | None
+    gradients: KeptGradients | None = None
+
+    @property
+    def known_gradients(self) -> tuple[Tensor | None, ...] | None:
+        """The gradients of the loss at the step, `None` where they were not kept or were written to since."""
+        return None if self.gradients is None or self.gradients.changed() else self.gradients.tensors
 
     def clipped(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Return the gradients as the step saw them; differentiable, as `torch.nn.utils.clip_grad_norm_` is not."""
@@ -44,7 +70,8 @@ class RecordedStep(Generic[Batches]):
 class Recording(Generic[Batches]):
     """The last steps of one solve of a stage, with parameters and state kept before some of them.
 
-    Memory: for N steps ⌈N / every⌉ copies of parameters and state, and references to the batches.
+    Memory: for N steps ⌈N / every⌉ copies of parameters and state, and references to the batches; for one step, to its
+    gradients as well.
 
     Attributes:
         length: how many steps are recorded.
@@ -73,7 +100,12 @@ class Recording(Generic[Batches]):
         if position % self.every == 0:
             kept = tuple(p.detach().clone() for p in parameters)
             self.starts[position] = kept, optimizer_state(optimizer, parameters)
-        self.steps.append(RecordedStep(batches, differentiable_step(optimizer, parameters), clip))
+        # Of several steps they would be as many vectors; clipped, and sparse, they are not what products begin with.
+        alone = (
+            self.length == 1 and clip is None and not any(p.grad is not None and p.grad.is_sparse for p in parameters)
+        )
+        gradients = KeptGradients(parameters) if alone else None
+        self.steps.append(RecordedStep(batches, differentiable_step(optimizer, parameters), clip, gradients))
 
     def close(self, parameters: Sequence[Tensor]) -> None:
         """Take note of where the step has led."""

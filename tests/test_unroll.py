@@ -50,6 +50,7 @@ class Upper(mlo.Problem):
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, foreach=True),
     "adam": lambda p: torch.optim.Adam(p, lr=0.02),
     "adam_with_decay": lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.3),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.3),
@@ -192,6 +193,33 @@ def test_other_products(product, tolerance):
     expected = upper_gradient(build(mlo.Unroll(), "momentum"))
     found = upper_gradient(build(mlo.Unroll(product=product), "momentum"))
     assert ((found - expected).norm() / expected.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_differences_of_one_step_begin_with_its_own_gradients(optimizer):
+    """Nesterov's momentum over lists of tensors writes to them: then they are formed again, as the norm shows."""
+    rounds = by_hand(optimizer, steps=3, window=1, warm=1)
+    found = {}
+    for product in (mlo.DoubleBackward(), mlo.ForwardOverReverse()):
+        engine = build(mlo.Unroll(steps=1, product=product), optimizer, steps=3)
+        norms = []
+        for expected in rounds:
+            norms.append(engine.step()["top"].solves["top/low"].gradient_norm)
+            gradient = engine.problems["top"].module["w"].grad
+            torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-13)
+        found[product] = norms
+    double, forward = found.values()
+    assert forward == pytest.approx(double, rel=1e-12)
+
+
+@pytest.mark.parametrize(("clip", "evaluations"), [(None, 1 + 2), (1e3, 1 + 3)])
+def test_differences_of_one_step_evaluate_its_gradient_no_second_time(clip, evaluations):
+    product = mlo.CentralDifferences()
+    engine = build(mlo.Unroll(steps=1, product=product), "sgd", steps=1, grad_clip=clip)
+    calls = []
+    engine.problems["low"].module.register_forward_hook(lambda *_: calls.append(1))
+    engine.step()
+    assert len(calls) == evaluations + 1  # and the upper problem's
 
 
 def test_one_step_with_central_differences_is_the_second_order_formula_of_darts():

@@ -55,7 +55,9 @@ class Unroll(HypergradientMethod):
 
     Cost: per step back one Hessian–vector and one mixed product (with double backward one forward and three reverse
     passes), and with `keep_every` > 1 one forward and one reverse pass again. Memory: T/keep_every + keep_every copies
-    of parameters and state, one graph at a time, and the batches of T steps.
+    of parameters and state, one graph at a time, and the batches of T steps. Central differences for T = 1 cost two
+    forward and two reverse passes: they begin with the gradient that the step itself has formed (if it was not clipped,
+    and the optimizer did not write to it).
 
     Source: Maclaurin, Duvenaud and Adams, "Gradient-based hyperparameter optimization through reversible learning",
     ICML 2015; Finn, Abbeel and Levine (MAML), ICML 2017; Shaban et al., "Truncated back-propagation for bilevel
@@ -191,7 +193,8 @@ class _Sweep:
         step = self._recording.steps[position]
         earlier = position > 0 or any(origin is not None for origin in self._recording.origins)
         at_step = self._stage.at_step(step)
-        with self._product.linearised(at_step, theta, self._recording.inputs, self._needed) as linearisation:
+        known = step.known_gradients
+        with self._product.linearised(at_step, theta, self._recording.inputs, self._needed, known) as linearisation:
             values = [None if g is None else g.detach() for g in linearisation.gradient]
             if self.gradient_norm is None:
                 self.gradient_norm = norm([g for g in self._stage.stationarity(values, theta) if g is not None])

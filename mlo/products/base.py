@@ -56,7 +56,12 @@ class Product(ABC):
 
     @abstractmethod
     def linearised(
-        self, stage: StageFunction, solution: Sequence[Tensor], inputs: Sequence[Tensor], needed: Sequence[bool]
+        self,
+        stage: StageFunction,
+        solution: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+        known: Sequence[Tensor | None] | None = None,
     ) -> AbstractContextManager[Linearisation]:
         """Linearise a stage for the span of a solve.
 
@@ -65,5 +70,6 @@ class Product(ABC):
             solution: θ.
             inputs: x.
             needed: for each of x, whether its mixed product will be wanted.
+            known: ∂L/∂θ there, where it was formed before; a product that needs its graph evaluates it all the same.
 
         """

@@ -72,10 +72,15 @@ class CentralDifferences(Product):
 
     @contextmanager
     def linearised(
-        self, stage: StageFunction, solution: Sequence[Tensor], inputs: Sequence[Tensor], needed: Sequence[bool]
+        self,
+        stage: StageFunction,
+        solution: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+        known: Sequence[Tensor | None] | None = None,
     ) -> Iterator[Linearisation]:
-        """Evaluate the gradient once, to find what takes part."""
-        yield _Differences(stage, solution, inputs, needed, self.epsilon)
+        """Evaluate the gradient once if it is not known, to find what takes part."""
+        yield _Differences(stage, solution, inputs, needed, known, self.epsilon)
 
 
 class _Differences(DirectionalLinearisation):
@@ -85,9 +90,10 @@ class _Differences(DirectionalLinearisation):
         solution: Sequence[Tensor],
         inputs: Sequence[Tensor],
         needed: Sequence[bool],
+        known: Sequence[Tensor | None] | None,
         epsilon: float | None,
     ) -> None:
-        super().__init__(stage, solution, inputs, needed)
+        super().__init__(stage, solution, inputs, needed, known)
         self._shift = shift_length(solution) if epsilon is None else epsilon
 
     def derivative(self, direction: Vector, want_inputs: bool) -> tuple[Vector, tuple[Tensor | None, ...]]:

@@ -53,12 +53,17 @@ class DirectionalLinearisation(Linearisation):
     """
 
     def __init__(
-        self, stage: StageFunction, solution: Sequence[Tensor], inputs: Sequence[Tensor], needed: Sequence[bool]
+        self,
+        stage: StageFunction,
+        solution: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+        known: Sequence[Tensor | None] | None = None,
     ) -> None:
-        """Evaluate g once, to find what takes part."""
+        """Evaluate ∂L/∂θ once where it is not given, to find what takes part."""
         self.stage, self.solution = stage, tuple(solution)
         self.inputs, self.needed = tuple(inputs), tuple(needed)
-        raw = loss_gradients(stage, leaves(solution), leaves(inputs, False)).theta
+        raw = known or loss_gradients(stage, leaves(solution), leaves(inputs, False)).theta
         if all(t is None for t in raw):
             raise unreached(stage.title)
         self.gradient = tuple(

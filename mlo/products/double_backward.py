@@ -45,7 +45,12 @@ class DoubleBackward(Product):
 
     @contextmanager
     def linearised(
-        self, stage: StageFunction, solution: Sequence[Tensor], inputs: Sequence[Tensor], needed: Sequence[bool]
+        self,
+        stage: StageFunction,
+        solution: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+        known: Sequence[Tensor | None] | None = None,
     ) -> Iterator[Linearisation]:
         """Build the graph of the gradient."""
         theta, x = leaves(solution), leaves(inputs, needed)

@@ -42,10 +42,15 @@ class ForwardOverReverse(Product):
 
     @contextmanager
     def linearised(
-        self, stage: StageFunction, solution: Sequence[Tensor], inputs: Sequence[Tensor], needed: Sequence[bool]
+        self,
+        stage: StageFunction,
+        solution: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+        known: Sequence[Tensor | None] | None = None,
     ) -> Iterator[Linearisation]:
-        """Evaluate the gradient once, to find what takes part."""
-        yield _Tangents(stage, solution, inputs, needed)
+        """Evaluate the gradient once if it is not known, to find what takes part."""
+        yield _Tangents(stage, solution, inputs, needed, known)
 
 
 class _Tangents(DirectionalLinearisation):
