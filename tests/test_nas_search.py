@@ -138,17 +138,26 @@ def test_another_seed_is_another_search(tmp_path, searched):
     assert (searched / "metrics.jsonl").read_text() != (tmp_path / "1" / "metrics.jsonl").read_text()
 
 
+@contextlib.contextmanager
+def _children_heed_ctrl_c():
+    """Undo what a shell does to commands in its background: they, and their children, are to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def _stopped(folder, sent):
     """Send a signal to a search of many steps after some of them; return its exit status and what it printed."""
     flags = [*TINY_FLAGS, "--rounds", "1", "--nodes", "1", "--steps", "100000", "--threads", "1"]
     command = [sys.executable, "-m", "examples.nas_interleaving", "search", *flags, "--folder", str(folder)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with _children_heed_ctrl_c():
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
         while not (folder / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(sent)
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     return process.returncode, errors
