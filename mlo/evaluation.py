@@ -92,16 +92,20 @@ class Binding:
 
     def renew_buffers(self) -> None:
         """Begin with the problems' own buffers again, where they are spared."""
-        for slots, kept in self._spared:
-            slots.restore_buffers(kept)
+        self._restore_buffers()
+        for slots, _ in self._spared:
             slots.copy_buffers()
+
+    def _restore_buffers(self) -> None:
+        # Backwards: modules of two problems may share a part, and the second has then copied the copies of the first.
+        for slots, kept in reversed(self._spared):
+            slots.restore_buffers(kept)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Swap them out again, whatever has happened."""
         self._member.problem.__dict__["_frame"] = self._before
-        for slots, kept in self._spared:
-            slots.restore_buffers(kept)
-        for slots, kept in self._swapped:
+        self._restore_buffers()
+        for slots, kept in reversed(self._swapped):
             slots.restore(kept)
         if kind is None and self._checked and self._versions != [t._version for t in self._watched]:
             self._raise_for_in_place()

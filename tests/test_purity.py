@@ -306,3 +306,36 @@ def test_both_sides_of_a_difference_begin_with_the_same_buffers(method):
     )
     assert engine.hypergradient("top")["x"].item() == pytest.approx(2.0, rel=1e-8)
     assert low.calls == 0
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        mlo.FiniteDifference(scale=1.0),
+        mlo.Identity(scale=1.0),
+        mlo.Identity(scale=1.0, product=mlo.CentralDifferences()),
+    ],
+)
+def test_buffers_that_two_problems_share_are_put_back(method):
+    """A frozen part in both modules: the second one's copies are copies of the first one's."""
+    shared = nn.BatchNorm1d(3, affine=False)
+    low, top = nn.Sequential(shared, nn.Linear(3, 1)), nn.Sequential(shared, nn.Linear(3, 1))
+    x = torch.randn(5, 3)
+
+    class Low(mlo.Problem):
+        def training_step(self, batch):
+            return (self(x) - self.deps.top(x)).square().mean() + self.params["1.weight"].square().sum()
+
+    class High(mlo.Problem):
+        def training_step(self, batch):
+            return (self.deps.low(x) - self(x) + 1).square().mean()
+
+    engine = mlo.Engine(
+        [Low("low", low, depends_on=["top"], hypergradient=method), High("top", top, depends_on=["low"])]
+    )
+    buffers = dict(shared.named_buffers())
+    values = {name: b.clone() for name, b in buffers.items()}
+    engine.hypergradient("top")
+    for name, b in shared.named_buffers():
+        assert b is buffers[name]
+        assert torch.equal(b, values[name])
