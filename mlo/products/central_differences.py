@@ -166,7 +166,7 @@ def differences(
 ) -> tuple[Tensor | None, ...]:
     """Return (ahead − behind)·factor, where one that is missing counts as zero and both missing as `None`."""
     there, back = [a for a in ahead if a is not None], [b for b in behind if b is not None]
-    if len(there) == len(ahead) and len(back) == len(behind):
+    if there and len(there) == len(ahead) and len(back) == len(behind):
         found = torch._foreach_sub(there, back)
         torch._foreach_mul_(found, factor)
         return found
