@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -22,9 +23,11 @@ class Autocast:
     @classmethod
     def capture(cls, device_types: Iterable[str]) -> Autocast:
         """Take the present settings for the given device types, each named once: the dtype, `None` where it is off."""
-        return cls(
-            tuple([(t, torch.get_autocast_dtype(t) if torch.is_autocast_enabled(t) else None) for t in device_types])
-        )
+        for device_type in device_types:
+            if torch.is_autocast_enabled(device_type):
+                enabled = [(t, torch.is_autocast_enabled(t)) for t in device_types]
+                return cls(tuple([(t, torch.get_autocast_dtype(t) if on else None) for t, on in enabled]))
+        return _off(tuple(device_types))
 
     def restored(self) -> AbstractContextManager[object]:
         """Return a context manager that runs a block under these settings."""
@@ -41,6 +44,11 @@ class Autocast:
                 elif torch.is_autocast_enabled(device_type):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
             return stack.pop_all()
+
+
+@cache
+def _off(device_types: tuple[str, ...]) -> Autocast:
+    return Autocast(tuple([(t, None) for t in device_types]))
 
 
 _AS_IT_IS = nullcontext()

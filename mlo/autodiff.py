@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlo.reverse_pass import reverse_pass
 from mlo.stage_function import StageFunction, leaves
 from mlo.vectors import Vector
 
@@ -34,14 +35,16 @@ def gradients(
     if cotangents is not None and len(live) < len(outputs):
         pairs = zip(cotangents, outputs, strict=True)
         cotangents = [c for c, o in pairs if o is not None and o.requires_grad]
-    found = torch.autograd.grad(
-        live, wanted, cotangents, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
-    )
-    dense: list[Tensor | None] = [t.to_dense() if t is not None and t.is_sparse else t for t in found]
-    if len(dense) < len(inputs):
-        given = iter(dense)
-        dense = [next(given) if t.requires_grad else None for t in inputs]
-    return tuple(dense)
+    weights = None if cotangents is None else tuple(cotangents)
+    found = reverse_pass(tuple(live), tuple(wanted), weights, create_graph=create_graph, retain_graph=retain_graph)
+    for t in found:
+        if t is not None and t.is_sparse:
+            found = tuple([t if t is None or not t.is_sparse else t.to_dense() for t in found])
+            break
+    if len(found) == len(inputs):
+        return found
+    given = iter(found)
+    return tuple([next(given) if t.requires_grad else None for t in inputs])
 
 
 def filled(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:

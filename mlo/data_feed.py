@@ -26,7 +26,7 @@ class DataFeed:
 
     def next_batches(self, count: int) -> list[Any]:
         """Return the next `count` batches, starting over at the end of the data."""
-        return [self._next() for _ in range(count)]
+        return [self._next()] if count == 1 else [self._next() for _ in range(count)]
 
     def _next(self) -> Any:
         if self._data is None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 from mlo.errors import BreakdownError, ConfigurationError, GraphError, MloWarning, UnusedDependencyWarning
 from mlo.evaluation import Evaluation, number
 from mlo.graph import ProblemGraph
-from mlo.member import Member
+from mlo.links import Links
+from mlo.member import Member, MicroBatch
 from mlo.optimizer_facts import warn_of_unknown_decay
 from mlo.options import is_count
 from mlo.problem import FIXED_OPTIONS, Problem
 from mlo.random_state import preserved
-from mlo.reports import Outcome, ProblemReport, summarised
+from mlo.recording import Recording
+from mlo.reports import ProblemReport, Solves
 from mlo.solve_batches import Previews, SolveBatches, with_present_state
 from mlo.solve_start import begin_recording, check_recording, check_start, start_over
 from mlo.stage_function import leaves
@@ -62,10 +65,10 @@ class Engine:
         self.problems: Mapping[str, Problem] = {p.name: p for p in given}
         self.step_count = 0
         self._definitions = {(p.name, option): getattr(p, option) for p in given for option in FIXED_OPTIONS}
-        self._options_seen = [p._options_set for p in given]
         self._members = {p.name: Member(p) for p in given}
         for name, member in self._members.items():
             member.seen = {q: self._members[q] for q in (name, *self.graph.direct(name))}
+        self._links = {name: Links(self.graph, self._members, name) for name in self.graph.names}
         self._warm_starts: dict[str, Vector] = {}
         self._notes: dict[str, dict[str, Any]] = {}
         self._solves: dict[str, list[SolveReport]] = {}
@@ -95,15 +98,15 @@ class Engine:
         self._refresh_members()
         if self.step_count == 0:
             self._warn_of_no_optimizer()
-        self._notes = {name: {} for name in self.graph.names}
-        self._solves = {name: [] for name in self.graph.names}
-        for member in self._members.values():
+        self._notes, self._solves = {}, {}
+        for name, member in self._members.items():
             member.fresh = False
-        with _differentiating():
+            self._notes[name], self._solves[name] = {}, []
+        with _Differentiating():
             for root in self.graph.roots:
                 self._solve(self._members[root])
         self.step_count += 1
-        return {n: ProblemReport(n, **notes, solves=summarised(self._solves[n])) for n, notes in self._notes.items()}
+        return {n: ProblemReport(n, **notes, solves=Solves(self._solves[n])) for n, notes in self._notes.items()}
 
     def _solve(self, root: Member) -> None:
         """Let a root take its steps, and before them whatever must be fresh.
@@ -120,80 +123,69 @@ class Engine:
 
     def _take_steps(self, member: Member) -> Iterator[Member]:
         """Let a problem take its steps, or none where it takes none; yield what must be solved before each."""
-        outcome = self._reason_not_to_step(member)
-        if outcome is None:
-            steps = member.problem.steps
-            for step in range(steps):
-                yield from self._stale_responses(member)
-                if step == 0:  # what it starts from may be one of them
-                    start_over(member, self._members)
-                begin_recording(self.graph, self._members, member, steps - step)
-                self._update(member, last=step == steps - 1)
-        else:
-            yield from self._stale_responses(member)
-            self._draw_batches(member)
-            self._notes[member.name]["outcome"] = outcome
+        links, problem, outcome = self._links[member.name], member.problem, None
+        if problem.optimizer is None or self.step_count < problem.warmup:
+            outcome = "no optimizer" if problem.optimizer is None else "warm-up"
+        steps = problem.steps if outcome is None else 0
+        for step in range(steps or 1):
+            for response in links.responses:  # highest first, each once those above it are solved
+                if not response.fresh:
+                    yield response
+            if outcome is not None:
+                self._draw_batches(member)
+                self._notes[member.name]["outcome"] = outcome
+                break
+            if step == 0 and problem.start_from is not None:  # what it starts from may be one of them
+                start_over(member, self._members)
+            if links.records:
+                begin_recording(links, self._members, member, steps - step)
+            self._update(member, links, last=step == steps - 1)
         member.fresh = True
 
-    def _stale_responses(self, member: Member) -> Iterator[Member]:
-        """Yield the stale responses that a problem reads, highest first, each once those above it are solved."""
-        for name in reversed(self.graph.responses(member.name)):
-            if not self._members[name].fresh:
-                yield self._members[name]
-
-    def _reason_not_to_step(self, member: Member) -> Outcome | None:
-        if member.problem.optimizer is None:
-            return "no optimizer"
-        return "warm-up" if self.step_count < member.problem.warmup else None
-
-    def _update(self, member: Member, *, last: bool) -> None:
+    def _update(self, member: Member, links: Links, *, last: bool) -> None:
         """Take one optimizer step, the last one of a solve or another."""
-        batches = member.feed.next_batches(member.problem.accumulate)
-        repeatable = last or member.recording is not None
-        evaluation = Evaluation(self.graph, self._members, SolveBatches(), self._warm_starts, self._solves[member.name])
+        name, problem, recording = member.name, member.problem, member.recording
+        batches = member.feed.next_batches(problem.accumulate)
+        repeatable = last or recording is not None
+        evaluation = self._evaluation(SolveBatches(), self._warm_starts, self._solves[name])
+        gradient = partial(
+            accumulate_total_gradient, evaluation, member, member.trainable, batches, None, repeatable=repeatable
+        )
+        before_step = None if recording is None else partial(self._record, member, recording)
         try:
-            total, size = take_step(
-                member,
-                lambda: accumulate_total_gradient(
-                    evaluation,
-                    member,
-                    member.trainable,
-                    batches,
-                    None,
-                    repeatable=repeatable,
-                ),
-                self._record,
-            )
+            total, size = take_step(member, gradient, before_step)
         except BreakdownError as error:
             if not error.skip:
                 raise
             self._note_batches(member, batches)
-            self._notes[member.name]["outcome"] = "skipped"
+            self._notes[name]["outcome"] = "skipped"
             return
-        if member.recording is not None:
-            member.recording.close(member.trainable)
+        if recording is not None:
+            recording.close(member.trainable)
         if repeatable:
             member.micro_batches = total.micro_batches
-        for name in self.graph.lower(member.name):
-            self._members[name].fresh = False
-        notes = self._notes[member.name]
-        notes |= {"outcome": "stepped", "loss": total.loss, "metrics": total.metrics, "gradient_norm": size}
-        notes["steps"] = notes.get("steps", 0) + 1
-        first, member.has_stepped = not member.has_stepped, True
-        step_scheduler(member)
-        if first:
-            self._warn_of_unused(member, total.used)
-            self._warn_of_cut(member, total.cut)
+        for lower in links.lower:
+            lower.fresh = False
+        notes = {"loss": total.loss, "metrics": total.metrics, "gradient_norm": size}
+        self._notes[name] = {"outcome": "stepped", "steps": self._notes[name].get("steps", 0) + 1, **notes}
+        if problem.scheduler is not None:
+            step_scheduler(problem.scheduler)
+        if not member.has_stepped:
+            member.has_stepped = True
+            self._warn_of_unused(member, total.used.union(total.reached))
+            carrying = {m.name for m in links.proxied}
+            self._warn_of_cut(member, (total.used & carrying).difference(total.reached))
 
-    def _record(self, member: Member, total: TotalGradient) -> None:
-        """Record the step that a stage is about to take, if that is wanted."""
-        recording, optimizer = member.recording, member.problem.optimizer
-        if recording is not None and optimizer is not None and len(recording.steps) < recording.length:
+    @staticmethod
+    def _record(member: Member, recording: Recording[list[MicroBatch]], total: TotalGradient) -> None:
+        """Record the step that a stage is about to take, if there are more to record."""
+        optimizer = member.problem.optimizer
+        if optimizer is not None and len(recording.steps) < recording.length:
             recording.add(optimizer, member.trainable, total.micro_batches, member.problem.grad_clip)
 
     def _draw_batches(self, member: Member) -> None:
         """Give a problem that does not step the batches that its response is differentiated on."""
-        if self.graph.readers(member.name):
+        if self._links[member.name].is_read:
             self._note_batches(member, member.feed.next_batches(member.problem.accumulate))
 
     def _note_batches(self, member: Member, batches: Sequence[object]) -> None:
@@ -314,9 +306,9 @@ class Engine:
         devices = dict.fromkeys(d for m in involved for d in m.devices)
         own = leaves(member.trainable)
         may_draw = any(m.host_draws.possible for m in involved)
-        with preserved(devices, whole=may_draw) as state, self._training_modes_kept(), _differentiating():
+        with preserved(devices, whole=may_draw) as state, self._training_modes_kept(), _Differentiating():
             previews = Previews(member, state)
-            evaluation = Evaluation(self.graph, self._members, previews, dict(self._warm_starts), [])
+            evaluation = self._evaluation(previews, dict(self._warm_starts), [])
             used = previews(member)
             for m in involved:  # all are drawn before any loss is evaluated
                 previews(m)
@@ -325,6 +317,14 @@ class Engine:
             n: torch.zeros_like(p) if t.grad is None else t.grad
             for n, p, t in zip(member.names.trainable, member.trainable, own, strict=True)
         }
+
+    def _evaluation(
+        self,
+        batches: Callable[[Member], list[MicroBatch]],
+        warm_starts: MutableMapping[str, Vector],
+        reports: list[SolveReport],
+    ) -> Evaluation:
+        return Evaluation(self.graph, self._links, self._members, batches, warm_starts, reports)
 
     # --- checks ------------------------------------------------------------------------------------------------
 
@@ -335,23 +335,26 @@ class Engine:
 
     def _check_definitions(self) -> None:
         """Raise an error for a definition that has changed since it was checked and built upon."""
-        counts = [p._options_set for p in self.problems.values()]
-        if counts == self._options_seen:
-            return
         for (name, option), value in self._definitions.items():
             if getattr(self.problems[name], option) is not value:
                 raise ConfigurationError(
                     f"problem {name!r}, {option}: expected what it was when the engine was built; it has been set "
                     "since. Build a new engine from the problems."
                 )
-        self._options_seen = counts
+        for member in self._members.values():
+            member.options_seen = member.problem._options_set
 
     def _refresh_members(self) -> None:
         """Follow what the user has frozen, unfrozen or replaced since the last step."""
-        self._introduce()
-        self._check_definitions()
-        changed = [m.refresh() for m in self._members.values()]
-        if any(changed):
+        changed = False
+        for member in self._members.values():
+            problem = member.problem
+            if problem._known is not self.problems:
+                problem._introduce(self.problems)
+            if problem._options_set != member.options_seen:
+                self._check_definitions()
+            changed = member.refresh() or changed
+        if changed:
             self._check_parameters()
 
     def _check_parameters(self) -> None:
@@ -434,21 +437,32 @@ class Engine:
             )
 
 
-@contextmanager
-def _differentiating() -> Iterator[None]:
+class _Differentiating:
     """Gradients on, whatever the caller's mode; backward passes on one thread, since bindings are shared by all.
 
     A cache of autocast is off: in a region around several steps it would hand out casts of parameters that have
     moved since.
     """
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    torch.clear_autocast_cache()
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
+
+    __slots__ = ("_cached", "_modes", "_threads")
+
+    def __enter__(self) -> None:
+        self._cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        torch.clear_autocast_cache()
+        # What is so already is left out: to enter it would take longer than to look.
+        self._modes: ExitStack | None = None
+        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+            self._modes = ExitStack()
+            self._modes.enter_context(torch.inference_mode(False))
+            self._modes.enter_context(torch.enable_grad())
+        self._threads = torch.autograd.set_multithreading_enabled(False)
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.__exit__(*error)
+        if self._modes is not None:
+            self._modes.close()
+        torch.set_autocast_cache_enabled(self._cached)
 
 
 def _checked_problems(problems: Iterable[Problem]) -> list[Problem]:

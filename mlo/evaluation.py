@@ -17,6 +17,7 @@ from mlo.autograd_graph import reject_first_order_operations, reject_reentrant_c
 from mlo.errors import ConfigurationError, EvaluationError, LossError
 from mlo.frame import Frame, ModuleSlots
 from mlo.graph import ProblemGraph
+from mlo.links import Links
 from mlo.losses import checked_loss
 from mlo.member import Member, MicroBatch
 from mlo.optimizer_steps import differentiable_step, optimizer_state, update_derivative
@@ -70,31 +71,35 @@ class Binding:
 
     def __enter__(self) -> Frame:
         """Swap the tensors in."""
-        member, values = self._member, self._values
-        problem, seen = member.problem, member.seen
+        member, values, spare = self._member, self._values, self._spare
+        place, seen = member.problem.__dict__, member.seen
+        own = member if self._own else None
         if self._checked:
-            watched = [t for name in seen for t in values[name]]
+            watched: list[Tensor] = []
+            for name in seen:
+                watched += values[name]
             for m in seen.values():
                 if m.names.constant:
                     watched += m.names.constant.values()
             self._watched, self._versions = watched, [t._version for t in watched]
-        self._before = problem._frame
+        self._before = place.get("_frame")
         self._swapped: list[tuple[ModuleSlots, list[Any]]] = []
         self._spared: list[tuple[ModuleSlots, list[Any]]] = []
         for name, m in seen.items():
-            if not (self._own and m is member):
-                self._swapped.append((m.slots, m.slots.put(values[name])))
-            if self._spare and m.slots.has_buffers:
-                self._spared.append((m.slots, m.slots.copy_buffers()))
-        frame = Frame(values, seen)
-        problem.__dict__["_frame"] = frame  # past the checks of options, at every evaluation
+            slots = m.slots
+            if m is not own:
+                self._swapped.append((slots, slots.put(values[name])))
+            if spare and slots.has_buffers:
+                self._spared.append((slots, slots.copy_buffers()))
+        frame = place["_frame"] = Frame(values, seen)  # past the checks of options, at every evaluation
         return frame
 
     def renew_buffers(self) -> None:
         """Begin with the problems' own buffers again, where they are spared."""
-        self._restore_buffers()
-        for slots, _ in self._spared:
-            slots.copy_buffers()
+        if self._spared:
+            self._restore_buffers()
+            for slots, _ in self._spared:
+                slots.copy_buffers()
 
     def _restore_buffers(self) -> None:
         # Backwards: modules of two problems may share a part, and the second has then copied the copies of the first.
@@ -104,7 +109,8 @@ class Binding:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Swap them out again, whatever has happened."""
         self._member.problem.__dict__["_frame"] = self._before
-        self._restore_buffers()
+        if self._spared:
+            self._restore_buffers()
         for slots, kept in reversed(self._swapped):
             slots.restore(kept)
         if kind is None and self._checked and self._versions != [t._version for t in self._watched]:
@@ -131,6 +137,7 @@ class Evaluation:
 
     Attributes:
         graph: the problem graph.
+        links: the graph around each problem.
         members: the problems by name.
         batches: for each problem, the batches and random states that its loss is evaluated on.
         warm_starts: where solvers keep their last solutions.
@@ -139,30 +146,29 @@ class Evaluation:
     """
 
     graph: ProblemGraph
+    links: Mapping[str, Links]
     members: Mapping[str, Member]
     batches: Callable[[Member], list[MicroBatch]]
     warm_starts: MutableMapping[str, Vector]
     reports: list[SolveReport] = field(default_factory=list)
 
-    def constants(self, names: Iterable[str]) -> dict[str, Vector]:
-        """Return the present parameters of problems as constants."""
-        return {name: tuple([p.detach() for p in self.members[name].trainable]) for name in names}
-
-    def add_responses(self, values: dict[str, Vector], order: Iterable[str], path: str) -> None:
+    def add_responses(self, values: dict[str, Vector], order: Iterable[Member], path: str) -> None:
         """Add one response node for each problem of `order` to the values that a loss at `path` sees."""
-        for name in order:
-            x = [t for q in self.graph.inputs(name) for t in values[q]]
-            values[name] = respond(self.stage(name, path), self.graph.method(name), self.members[name].trainable, x)
+        for member in order:
+            links = self.links[member.name]
+            x = [t for q in links.inputs for t in values[q.name]]
+            values[member.name] = respond(self.stage(member, path), links.method, member.trainable, x)
 
-    def stage(self, name: str, path: str) -> StageFunction:
+    def stage(self, member: Member, path: str) -> StageFunction:
         """Return the loss of a problem as the response node that a loss at `path` sees of it needs it."""
-        return _ProblemStage(self, self.members[name], f"{path}/{name}")
+        return _ProblemStage(self, member, f"{path}/{member.name}")
 
     def reject_bypasses(self, member: Member, loss: Tensor, own_parameters: bool) -> None:
         """Raise an error if a loss reaches parameters themselves where it should see what is bound for them."""
         reject_reentrant_checkpoints(loss, member.title)
-        method = self.graph.method(member.name)
-        if not own_parameters and self.graph.readers(member.name) and method.needs_second_derivatives:
+        links = self.links[member.name]
+        method = links.method
+        if not own_parameters and links.is_read and method.needs_second_derivatives:
             reject_first_order_operations(loss, member.title, type(method).__name__)
         others = [m for m in self.members.values() if not (own_parameters and m is member)]
         at = [p for m in others for p in m.trainable]
@@ -216,9 +222,9 @@ class _ProblemStage(StageFunction):
         evaluation, member = self._evaluation, self._member
         values = {member.name: tuple(solution)}
         begin = 0
-        for name in evaluation.graph.inputs(member.name):
-            end = begin + len(evaluation.members[name].trainable)
-            values[name] = tuple(inputs[begin:end])
+        for q in evaluation.links[member.name].inputs:
+            end = begin + len(q.trainable)
+            values[q.name] = tuple(inputs[begin:end])
             begin = end
         return _StageSpan(evaluation, member, self._batches(), values, self.name, self._autocast)
 
@@ -291,7 +297,9 @@ class _StageSpan:
         self._ambient = self._autocast.restored()
         self._ambient.__enter__()
         try:
-            evaluation.add_responses(self._values, evaluation.graph.internal_order(member.name), self._path)
+            nested = evaluation.links[member.name].nested
+            if nested:
+                evaluation.add_responses(self._values, nested, self._path)
             self._binding = Binding(
                 member, self._values, own_parameters=False, spare_buffers=True, checked=self._checked
             )
@@ -310,12 +318,15 @@ class _StageSpan:
             self._ambient.__exit__(kind, error, trace)
 
     def _evaluate(self) -> Tensor:
-        member, checked = self._member, self._checked
+        member, checked, batches = self._member, self._checked, self._batches
         if self._again:
             self._binding.renew_buffers()
         self._again = True
-        losses = [replayed(member, batch, state, checked=checked)[0] for batch, state in self._batches]
-        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if len(batches) == 1:
+            loss = replayed(member, *batches[0], checked=checked)[0]
+        else:
+            losses = [replayed(member, batch, state, checked=checked)[0] for batch, state in batches]
+            loss = torch.stack(losses).mean()
         if checked:
             self._evaluation.reject_bypasses(member, loss, own_parameters=False)
         return loss

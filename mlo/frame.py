@@ -67,8 +67,9 @@ class ModuleSlots:
 
     def put(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Let the module run with `tensors` in the place of its trainable parameters; return what `restore` needs."""
-        before = [places[key] for places, key, _ in self.places]
+        before = []
         for places, key, i in self.places:
+            before.append(places[key])
             places[key] = tensors[i]
         if not self._recurrent:
             return [before, ()]
@@ -82,8 +83,9 @@ class ModuleSlots:
         before, weights = kept
         for (places, key, _), tensor in zip(self.places, before, strict=True):
             places[key] = tensor
-        for part, flat in zip(self._recurrent, weights, strict=True):
-            part._flat_weights = flat
+        if weights:
+            for part, flat in zip(self._recurrent, weights, strict=True):
+                part._flat_weights = flat
 
     def copy_buffers(self) -> list[Any]:
         """Let the module run with copies of its buffers; return what `restore_buffers` needs."""

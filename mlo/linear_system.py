@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mlo.products.base import Linearisation
 from mlo.stage_function import StageFunction
-from mlo.vectors import Vector, zeros_like
+from mlo.vectors import Vector, norm, zeros_like
 
 
 class LinearSystem:
@@ -33,13 +33,14 @@ class LinearSystem:
         *,
         transposed: bool = False,
         warm_start_key: str | None = None,
+        cotangent_norm: float | None = None,
     ) -> None:
-        """Set up the system at a solution; `transposed` asks for H instead of Hᵀ."""
+        """Set up the system at a solution; `transposed` asks for H instead of Hᵀ, `cotangent_norm` may be known."""
         self.name = stage.name
         self.products = 0
         self.gradient = linearisation.gradient
         self._stage, self._linearisation, self._solution = stage, linearisation, tuple(solution)
-        self._cotangents = tuple(cotangents)
+        self._cotangents, self._cotangent_norm = tuple(cotangents), cotangent_norm
         self._transposed = transposed
         self._warm_start_key = warm_start_key
 
@@ -47,6 +48,14 @@ class LinearSystem:
     def rhs(self) -> Vector:
         """The right-hand side c."""
         return self._linearisation.taking_part(self._cotangents)
+
+    @property
+    def rhs_norm(self) -> float:
+        """The Euclidean norm ‖c‖ of the right-hand side."""
+        rhs = self.rhs
+        if self._cotangent_norm is not None and len(rhs) == len(self._cotangents):
+            return self._cotangent_norm
+        return norm(rhs)
 
     @property
     def learning_rates(self) -> tuple[float, ...] | None:

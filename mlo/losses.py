@@ -11,13 +11,10 @@ from mlo.errors import LossError
 
 def checked_loss(loss: object, title: str) -> Tensor:
     """Return a loss that is a finite scalar, or raise the error that says what it is instead."""
-    if (
-        isinstance(loss, Tensor)
-        and loss.dim() == 0
-        and isinstance(value := loss.item(), float)
-        and math.isfinite(value)
-    ):
-        return loss
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        value = loss.item()
+        if isinstance(value, float) and math.isfinite(value):
+            return loss
     if not isinstance(loss, Tensor):
         raise LossError(f"{title} returned {type(loss).__name__}; expected a scalar tensor.")
     if loss.numel() != 1:

@@ -14,6 +14,7 @@ from mlo.optimizer_facts import OptimizerFacts
 from mlo.problem import Problem
 from mlo.random_state import HostDraws, RandomState
 from mlo.recording import Recording
+from mlo.vectors import Vector
 
 #: A batch and the random state in which the loss was evaluated on it.
 MicroBatch = tuple[Any, RandomState]
@@ -43,7 +44,9 @@ class Member:
         trainable: the trainable parameters themselves.
         slots: their places in the module.
         facts: what the optimizer says about them.
+        held: all parameters that the optimizer holds, those outside of `trainable` too.
         devices: the devices of the parameters.
+        cuda_devices: those among them that have random generators of their own.
         device_types: their types, each once.
         feed: the problem's batches.
         micro_batches: those of its last step.
@@ -55,6 +58,7 @@ class Member:
         in_training: when its loss is checked for what users must not do in it, in training steps.
         in_methods: likewise, inside hypergradient methods.
         directional_solves: how often mixed products of its loss were taken as directional derivatives.
+        options_seen: how often its fixed options had been set when they were last compared with the engine's.
         host_draws: whether its loss draws from Python's or NumPy's generator.
         title: how errors name its loss.
         seen: the problem itself and those that its loss reads, by name, in the order of the graph.
@@ -72,6 +76,7 @@ class Member:
         self.fresh = False
         self.has_stepped = False
         self.directional_solves = 0
+        self.options_seen = problem._options_set
         self.host_draws = HostDraws()
         self.title = f"problem {problem.name!r}: training_step"
         self.seen: Mapping[str, Member] = {self.name: self}
@@ -89,22 +94,35 @@ class Member:
 
     def refresh(self) -> bool:
         """Find the parameters anew if one was frozen, unfrozen or replaced; return whether that was so."""
-        if self._signature == self._present_signature() and self._in_place():
+        if self._as_found():
             return False
         self._find_parameters()
         return True
 
-    def _in_place(self) -> bool:
-        """Whether the trainable parameters still are where they were found."""
-        for places, key, i in self.slots.places:  # noqa: SIM110  (a generator takes longer)
-            if places.get(key) is not self.trainable[i]:
+    def constants(self) -> Vector:
+        """Return the present values of the trainable parameters as constants."""
+        return tuple([p.detach() for p in self.trainable])
+
+    def _as_found(self) -> bool:
+        """Whether the same parameters are trainable, and still are where they were found."""
+        for p, flag in self._flags:
+            if p.requires_grad is not flag:
                 return False
-        return True
+        trainable = self.trainable
+        for places, key, i in self.slots.places:
+            if places.get(key) is not trainable[i]:
+                return False
+        return self._group_sizes == [len(group["params"]) for group in self._groups()]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        optimizer = self.problem.optimizer
+        return [] if optimizer is None else optimizer.param_groups
 
     def _find_parameters(self) -> None:
         named = dict(self.problem.module.named_parameters())
-        optimizer = self.problem.optimizer
-        held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+        optimizer, groups = self.problem.optimizer, self._groups()
+        self.held: list[torch.Tensor] = [p for group in groups for p in group["params"]]
+        held = None if optimizer is None else set(map(id, self.held))
         self.parameters = named
         self.names = ParameterNames(
             named, [n for n, p in named.items() if p.requires_grad and (held is None or id(p) in held)]
@@ -113,12 +131,9 @@ class Member:
         self.slots = ModuleSlots(self.problem.module, self.trainable)
         self.facts = OptimizerFacts(optimizer, self.trainable)
         self.devices: tuple[torch.device, ...] = tuple(dict.fromkeys(p.device for p in named.values()))
+        self.cuda_devices = tuple(d for d in self.devices if d.type == "cuda")
         self.device_types: tuple[str, ...] = tuple(dict.fromkeys(d.type for d in self.devices))
-        self._signature = self._present_signature()
+        self._flags = [(p, p.requires_grad) for p in named.values()]
+        self._group_sizes = [len(group["params"]) for group in groups]
         self.in_training, self.in_methods = CheckSchedule(), CheckSchedule()
         self.recording: Recording[list[MicroBatch]] | None = None
-
-    def _present_signature(self) -> tuple[list[bool], list[int]]:
-        optimizer = self.problem.optimizer
-        groups = [] if optimizer is None else [len(group["params"]) for group in optimizer.param_groups]
-        return [p.requires_grad for p in self.parameters.values()], groups

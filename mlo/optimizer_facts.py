@@ -61,16 +61,20 @@ class OptimizerFacts:
     @property
     def weight_decays(self) -> tuple[float, ...]:
         """The coefficient of the L2 penalty for each parameter."""
-        if self._optimizer is None or not self._adds_decay:
-            return (0.0,) * self._count
-        return self._each(_weight_decay, self._optimizer)
+        if self._optimizer is not None and self._adds_decay:
+            for group in self._optimizer.param_groups:
+                if group.get("weight_decay"):
+                    return self._each(_weight_decay, self._optimizer)
+        return (0.0,) * self._count
 
     @property
     def signs(self) -> tuple[float, ...]:
         """−1 for each parameter along which the loss is maximised, else 1."""
-        if self._optimizer is None:
-            return (1.0,) * self._count
-        return self._each(_sign, self._optimizer)
+        if self._optimizer is not None:
+            for group in self._optimizer.param_groups:
+                if group.get("maximize"):
+                    return self._each(_sign, self._optimizer)
+        return (1.0,) * self._count
 
 
 def _learning_rate(group: dict[str, Any]) -> float:

@@ -18,34 +18,44 @@ class HostState(NamedTuple):
     """The states of Python's and NumPy's global generators.
 
     Python's takes six microseconds to get and leaves 625 new numbers in the caches, NumPy's takes thirty, and twice
-    that to set. Their words are read from where they lie in less than one; NumPy's lack a normal number that it may
-    keep for the next call.
+    that to set. Their words are read from where they lie in less than one.
+
+    Attributes:
+        mark: by which it is seen whether anything was drawn since (`_Generators.mark`).
+        python: Python's words and position.
+        kept: the normal number that Python's generator keeps for the next call.
+        words: NumPy's words and position, without the number that it may keep likewise; `None` for another generator
+            than a Mersenne twister.
+        numpy: NumPy's whole state, or `None` if its words are to do.
+
     """
 
+    mark: Any
     python: Any
-    numpy: Any
+    kept: float | None
     words: bytes | None
+    numpy: Any
 
     @classmethod
     def capture(cls, *, whole: bool = True) -> HostState:
         """Take the present states, NumPy's by its words alone if they need not be `whole`."""
-        words = _words()
-        numpy = np.random.get_state(legacy=False) if whole or words is None else None
-        return cls(_python_state(), numpy, words)
+        found = _GENERATORS.state()
+        return found._replace(numpy=np.random.get_state(legacy=False)) if whole else found
 
     def restore(self) -> None:
         """Put the generators back, if anything was drawn from them."""
-        if _python_state() != self.python:
-            _set_python_state(self.python)
+        moved = _GENERATORS.mark() != self.mark
+        if moved:
+            _set_python_state(self.python, self.kept)
         # The number that NumPy keeps can be drawn without a change of the words.
-        kept = self.numpy is not None and (self.words is None or self.numpy["has_gauss"])
-        if kept or _words() != self.words:
+        if moved or (self.numpy is not None and (self.words is None or self.numpy["has_gauss"])):
             np.random.set_state(_of_words(self.words) if self.numpy is None else self.numpy)
 
     def unmoved(self) -> bool:
         """Whether nothing was drawn since."""
-        same = self.python == _python_state() and self.words == _words()
-        return same and (self.numpy is None or _same(self.numpy, np.random.get_state(legacy=False)))
+        if self.mark != _GENERATORS.mark():
+            return False
+        return self.numpy is None or _same(self.numpy, np.random.get_state(legacy=False))
 
 
 class RandomState(NamedTuple):
@@ -62,12 +72,12 @@ class RandomState(NamedTuple):
     @classmethod
     def capture(cls, devices: Iterable[torch.device] = (), *, host: bool = True, whole: bool = True) -> RandomState:
         """Take the present state; `devices` are those whose CUDA generators matter, `host` Python's and NumPy's."""
-        cuda = tuple([(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"])
-        return cls(torch.default_generator.get_state(), cuda, HostState.capture(whole=whole) if host else None)
+        cuda = tuple([(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]) if devices else ()
+        return cls(_CPU.get_state(), cuda, HostState.capture(whole=whole) if host else None)
 
     def restore(self) -> None:
         """Put the generators back."""
-        torch.default_generator.set_state(self.cpu)
+        _CPU.set_state(self.cpu)
         for device, state in self.cuda:
             torch.cuda.set_rng_state(state, device)
         if self.host is not None:
@@ -97,15 +107,18 @@ class HostDraws:
 
     def before(self) -> HostState:
         """Look at the generators before an evaluation."""
-        return HostState.capture(whole=self.possible)
+        return HostState.capture() if self.found or self.unknown else _GENERATORS.state()
 
     def after(self, before: HostState) -> HostState | None:
         """Look at them again; return the state with which the evaluation is to be repeated, if it draws."""
         self.unknown = False
-        self.found = self.found or not before.unmoved()
-        return before if self.found else None
+        if not self.found and before.unmoved():
+            return None
+        self.found = True
+        return before
 
 
+_CPU = torch.default_generator
 _SIZE = 4 * 625
 _PYTHON: Any = random.random.__self__  # type: ignore[attr-defined]
 
@@ -124,45 +137,59 @@ def _place_of_words() -> int | None:
 
 
 def _view(place: int | None) -> Any:
-    """Return the bytes at a place, as they are whenever `.raw` is read."""
-    return None if place is None else (ctypes.c_char * _SIZE).from_address(place)
+    """Return the numbers at a place, as they are whenever they are read."""
+    return None if place is None else (ctypes.c_uint32 * 625).from_address(place)
 
 
 _PYTHON_WORDS = _view(_place_of_words())
 
 
-def _python_state() -> Any:
-    """Return the state of Python's global generator, to be compared and to be set again."""
-    if _PYTHON_WORDS is None:
-        return random.getstate()
-    return _PYTHON_WORDS.raw, _PYTHON.gauss_next
-
-
-def _set_python_state(state: Any) -> None:
+def _set_python_state(state: Any, kept: float | None) -> None:
     if _PYTHON_WORDS is not None:
-        words, kept = state
-        position, *numbers = np.frombuffer(words, np.uint32).tolist()
+        position, *numbers = np.frombuffer(state, np.uint32).tolist()
         state = 3, (*numbers, position), kept
     random.setstate(state)
 
 
-class _NumPyWords:
-    """The 624 words and the position of NumPy's Mersenne twister, found again when its global generator is replaced."""
+class _Generators:
+    """Reads the states of both generators from where they lie, and keeps the last ones as long as nothing is drawn."""
 
     def __init__(self) -> None:
-        self._generator: object = None
-        self._words: Any = None
+        self._bits: object = None
+        self._numpy: Any = None
+        self._last: HostState | None = None
 
-    def read(self) -> bytes | None:
-        """Return them; `None` for another generator."""
-        generator = mtrand.get_bit_generator()
-        if generator is not self._generator:
-            twister = isinstance(generator, np.random.MT19937)
-            self._generator, self._words = generator, _view(generator.ctypes.state_address if twister else None)
-        return None if self._words is None else self._words.raw
+    def mark(self) -> Any:
+        """Return numbers that change with every draw.
+
+        They are the position in the words, which goes on with each draw, and the ends of the words, all of which are
+        new whenever the position starts over: 32 random bits each, should it have arrived at the same place.
+        """
+        bits = mtrand.get_bit_generator()
+        if bits is not self._bits:
+            self._find(bits)
+        p, n = _PYTHON_WORDS, self._numpy
+        python = random.getstate() if p is None else (p[0], p[1], p[624], _PYTHON.gauss_next)
+        return python, None if n is None else (n[624], n[0], n[623])
+
+    def state(self) -> HostState:
+        """Return the words of both, and NumPy's whole state where its words cannot be read."""
+        mark, last = self.mark(), self._last
+        if last is None or last.mark != mark:
+            python = random.getstate() if _PYTHON_WORDS is None else bytes(_PYTHON_WORDS)
+            words = None if self._numpy is None else bytes(self._numpy)
+            last = self._last = HostState(mark, python, _PYTHON.gauss_next, words, None)
+        if last.words is None:
+            return last._replace(numpy=np.random.get_state(legacy=False))
+        return last
+
+    def _find(self, bits: Any) -> None:
+        """Find NumPy's words, at first and whenever its global generator is replaced."""
+        twister = isinstance(bits, np.random.MT19937)
+        self._bits, self._numpy = bits, _view(bits.ctypes.state_address if twister else None)
 
 
-_words = _NumPyWords().read
+_GENERATORS = _Generators()
 
 
 def _of_words(words: bytes | None) -> dict[str, Any]:

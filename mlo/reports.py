@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,18 +37,16 @@ class SolveSummary:
     @classmethod
     def of(cls, reports: Sequence[SolveReport]) -> SolveSummary:
         """Add up the reports of some solves."""
-        residuals = [r.relative_residual for r in reports if r.relative_residual is not None]
+        products = iterations = 0
+        residual = distance = None
         statuses: dict[Status, int] = {}
         for r in reports:
+            products += r.products
+            iterations += r.iterations
+            residual = _larger(residual, r.relative_residual)
+            distance = _larger(distance, r.gradient_norm)
             statuses[r.status] = statuses.get(r.status, 0) + 1
-        return cls(
-            solves=len(reports),
-            products=sum(r.products for r in reports),
-            iterations=sum(r.iterations for r in reports),
-            worst_residual=max(residuals, default=None),
-            statuses=statuses,
-            gradient_norm=max((r.gradient_norm for r in reports if r.gradient_norm is not None), default=None),
-        )
+        return cls(len(reports), products, iterations, residual, statuses, distance)
 
     @property
     def ok(self) -> bool:
@@ -85,9 +83,38 @@ class ProblemReport:
     validation: Mapping[str, float] | None = None
 
 
-def summarised(reports: Sequence[SolveReport]) -> dict[str, SolveSummary]:
-    """Return one summary per path."""
-    by_path: dict[str, list[SolveReport]] = {}
-    for report in reports:
-        by_path.setdefault(report.stage, []).append(report)
-    return {path: SolveSummary.of(solves) for path, solves in by_path.items()}
+def _larger(a: float | None, b: float | None) -> float | None:
+    return b if a is None or (b is not None and b > a) else a
+
+
+class Solves(Mapping[str, SolveSummary]):
+    """One summary of solves for each path, made when it is first asked for."""
+
+    def __init__(self, reports: Sequence[SolveReport]) -> None:
+        """Keep the reports."""
+        self._reports = reports
+        self._found: dict[str, SolveSummary] | None = None
+
+    def _summaries(self) -> dict[str, SolveSummary]:
+        if self._found is None:
+            by_path: dict[str, list[SolveReport]] = {}
+            for report in self._reports:
+                by_path.setdefault(report.stage, []).append(report)
+            self._found, self._reports = {path: SolveSummary.of(solves) for path, solves in by_path.items()}, ()
+        return self._found
+
+    def __getitem__(self, path: str) -> SolveSummary:
+        """Return the summary of one path."""
+        return self._summaries()[path]
+
+    def __iter__(self) -> Iterator[str]:
+        """Run over the paths."""
+        return iter(self._summaries())
+
+    def __len__(self) -> int:
+        """Return the number of paths."""
+        return len(self._summaries())
+
+    def __repr__(self) -> str:
+        """Return the summaries, as a dict shows them."""
+        return repr(self._summaries())

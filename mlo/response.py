@@ -107,16 +107,28 @@ def pulled_back(
             kind = type(method).__name__
             raise no_second_derivative(stage.title, kind, str(error).partition("\n")[0]) from error
         raise
-    fits = len(result) == len(inputs) and all(
-        r is None or r.shape == x.shape for r, x, n in zip(result, inputs, needed, strict=True) if n
-    )
-    if not fits:
+    checked = _checked(result, inputs, needed)
+    if checked is None:
         raise ConfigurationError(
             f"{type(method).__name__}.pullback at stage {stage.name!r}: expected for each input a tensor of its shape, "
             f"or None, that is {[tuple(x.shape) for x in inputs]}; got "
             f"{[None if r is None else tuple(r.shape) for r in result]}."
         )
-    return tuple([r if n else None for r, n in zip(result, needed, strict=True)])
+    return checked
+
+
+def _checked(
+    result: Sequence[Tensor | None], inputs: Sequence[Tensor], needed: Sequence[bool]
+) -> tuple[Tensor | None, ...] | None:
+    """Return what is needed of a method's result; `None` if it does not fit the inputs."""
+    if len(result) != len(inputs):
+        return None
+    kept: list[Tensor | None] = []
+    for r, x, wanted in zip(result, inputs, needed, strict=True):
+        if wanted and r is not None and r.shape != x.shape:
+            return None
+        kept.append(r if wanted else None)
+    return tuple(kept)
 
 
 class _FunctionalStage(StageFunction):

@@ -8,6 +8,7 @@ import torch
 
 from mlo.errors import ConfigurationError
 from mlo.graph import ProblemGraph
+from mlo.links import Links
 from mlo.member import Member
 from mlo.optimizer_steps import differentiable_step
 from mlo.recording import Recording
@@ -26,27 +27,25 @@ def start_over(member: Member, members: Members) -> None:
     optimizer.state.clear()
 
 
-def begin_recording(graph: ProblemGraph, members: Members, member: Member, remaining: int) -> None:
+def begin_recording(links: Links, members: Members, member: Member, remaining: int) -> None:
     """Begin to record the steps of a solve if the next one, of `remaining`, is the first that the method wants."""
-    method = graph.method(member.name)
-    length = method.recorded_steps(member.problem.steps) if graph.readers(member.name) else 0
-    if length == 0 or remaining != length:
+    length = links.method.recorded_steps(member.problem.steps)
+    if remaining != length:
         return
-    names = graph.inputs(member.name)
     member.recording = Recording(
         length=length,
-        every=method.kept_every(length),
-        inputs=tuple(t.detach().clone() for n in names for t in members[n].trainable),
-        origins=_positions_of_origins(member, members, names),
+        every=links.method.kept_every(length),
+        inputs=tuple(t.detach().clone() for m in links.inputs for t in m.trainable),
+        origins=_positions_of_origins(member, members, links.inputs),
     )
 
 
-def _positions_of_origins(member: Member, members: Members, names: Sequence[str]) -> tuple[int | None, ...]:
+def _positions_of_origins(member: Member, members: Members, inputs: Sequence[Member]) -> tuple[int | None, ...]:
     """Return for each parameter of a stage the position among its inputs of the tensor that it starts from."""
     origin = _origin(member, members)
     if origin is None:
         return (None,) * len(member.trainable)
-    before = sum(len(members[n].trainable) for n in names[: names.index(origin.name)])
+    before = sum(len(m.trainable) for m in inputs[: inputs.index(origin)])
     position = {n: before + i for i, n in enumerate(origin.names.trainable)}
     return tuple(position.get(n) for n in member.names.trainable)
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mlo.errors import ConfigurationError
 from mlo.losses import unreached
 from mlo.recording import RecordedStep, Recording
+from mlo.reverse_pass import reverse_pass
 from mlo.status import SolveReport
 from mlo.vectors import Vector
 
@@ -90,7 +90,7 @@ class StageFunction(ABC):
         """
         gradients: tuple[Tensor | None, ...] = (None,)
         if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, tuple(solution), create_graph=True, allow_unused=True)
+            gradients = reverse_pass((loss,), tuple(solution), create_graph=True)
         if all(g is None for g in gradients):
             raise unreached(self.title)
         return self.stationarity(gradients, solution)

@@ -56,7 +56,10 @@ class Status(enum.Enum):
     @property
     def ok(self) -> bool:
         """Whether the result can be used as the method promises (it did not break down)."""
-        return self in (Status.CONVERGED, Status.APPROXIMATE, Status.TRUNCATED)
+        return self in _OK
+
+
+_OK = (Status.CONVERGED, Status.APPROXIMATE, Status.TRUNCATED)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,22 +12,22 @@ from mlo.errors import EvaluationError
 from mlo.evaluation import Binding, Evaluation, loss_and_metrics, replayed
 from mlo.losses import unreached, without_graph
 from mlo.member import Member, MicroBatch
-from mlo.random_state import RandomState, preserved
+from mlo.random_state import RandomState
 from mlo.response import pulled_back
+from mlo.reverse_pass import accumulate
 from mlo.stage_function import leaves
 from mlo.vectors import Vector
 
 
-@dataclass(frozen=True)
-class TotalGradient:
+class TotalGradient(NamedTuple):
     """A problem's loss and what its evaluation left in `.grad` of the leaves.
 
     Attributes:
         loss: mean over the batches.
         metrics: what the loss logs, likewise.
         micro_batches: the batches with the random states that the loss saw, if it is to be repeatable.
-        used: the dependencies that the loss read.
-        cut: those among them whose response carries a gradient, but not from this loss.
+        used: the dependencies that the loss asked for.
+        reached: those whose response got a cotangent: one may also be read through its module itself.
 
     """
 
@@ -36,7 +35,7 @@ class TotalGradient:
     metrics: dict[str, float]
     micro_batches: list[MicroBatch]
     used: set[str]
-    cut: set[str]
+    reached: tuple[str, ...]
 
 
 def accumulate_total_gradient(
@@ -57,16 +56,17 @@ def accumulate_total_gradient(
     The direct gradient and the cotangents of all responses come from one backward pass per batch; the
     cotangents of all batches together then go back through the responses, so that each stage is solved once.
     """
-    graph, training = evaluation.graph, states is None
-    carrying = graph.carrying(member.name)
-    proxies = {d: leaves(evaluation.members[d].trainable) for d in graph.direct(member.name) if d in carrying}
-    values = {**evaluation.constants(d for d in graph.seen(member.name) if d not in proxies), **proxies}
+    links, training = evaluation.links[member.name], states is None
+    values = {m.name: m.constants() for m in links.constant}
+    inputs = list(own)
+    for m in links.proxied:
+        proxies = values[m.name] = leaves(m.trainable)
+        inputs += proxies
     values[member.name] = tuple(own)
 
     losses: list[float] = []
     logged: list[dict[str, float]] = []
     seen: list[MicroBatch] = []
-    inputs = [*own, *(t for tensors in proxies.values() for t in tensors)]
     schedule = member.in_training if training else member.in_methods
     with Binding(member, values, own_parameters=training, spare_buffers=not training) as frame:
         for i, batch in enumerate(batches):
@@ -76,38 +76,51 @@ def accumulate_total_gradient(
                 seen.append((batch, states[i]))
                 loss, metrics = replayed(member, batch, states[i])
             if not loss.requires_grad:
-                raise without_graph(member.title, graph.why_no_gradient(member.name))
+                raise without_graph(member.title, evaluation.graph.why_no_gradient(member.name))
             if schedule.due():
                 evaluation.reject_bypasses(member, loss, own_parameters=training)
                 if i == 0:
-                    _reject_hidden_gradients(member, own, bool(proxies))
+                    _reject_hidden_gradients(member, own, bool(links.proxied))
             mean = loss if len(batches) == 1 else loss / len(batches)
-            torch.autograd.backward(mean, inputs=inputs)
+            accumulate(mean, inputs)
             losses.append(loss.item())
             logged.append(metrics)
-    cotangents = {d: [t.grad for t in tensors] for d, tensors in proxies.items()}
-    reached = {d for d, found in cotangents.items() if _any(found)}
-    if reached:
+    cotangents = _arrived(links.proxied, values)
+    reached = tuple(cotangents)
+    if cotangents:
         _sweep(evaluation, member, values, cotangents, own)
     if not _any([t.grad for t in own]):
-        raise unreached(member.title, graph.why_no_gradient(member.name))
-    return TotalGradient(
-        loss=sum(losses) / len(losses),
-        metrics={
-            key: sum(m[key] for m in logged if key in m) / sum(key in m for m in logged) for m in logged for key in m
-        },
-        micro_batches=seen,
-        # A dependency may also be read through its module itself, which the frame does not see.
-        used=frame.used | reached,
-        cut=(frame.used & set(proxies)) - reached,
-    )
+        raise unreached(member.title, evaluation.graph.why_no_gradient(member.name))
+    return TotalGradient(sum(losses) / len(losses), _means(logged), seen, frame.used, reached)
+
+
+def _arrived(proxied: Iterable[Member], values: Mapping[str, Vector]) -> dict[str, list[Tensor | None]]:
+    """Return the cotangents of those responses that got any."""
+    cotangents: dict[str, list[Tensor | None]] = {}
+    for m in proxied:
+        found = [t.grad for t in values[m.name]]
+        if _any(found):
+            cotangents[m.name] = found
+    return cotangents
+
+
+def _means(logged: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each logged number over the batches that have it."""
+    if len(logged) == 1:
+        return logged[0]
+    means: dict[str, float] = {}
+    for metrics in logged:
+        for key in metrics:
+            found = [m[key] for m in logged if key in m]
+            means[key] = sum(found) / len(found)
+    return means
 
 
 def _training_evaluation(member: Member, batch: Any, seen: list[MicroBatch] | None) -> tuple[Tensor, dict[str, float]]:
     """Evaluate the loss of a training step, and add to `seen` with which random state it is to be repeated."""
     if seen is None:
         return loss_and_metrics(member, batch)
-    state, before = RandomState.capture(member.devices, host=False), member.host_draws.before()
+    state, before = RandomState.capture(member.cuda_devices, host=False), member.host_draws.before()
     result = loss_and_metrics(member, batch)
     host = member.host_draws.after(before)
     seen.append((batch, state if host is None else state._replace(host=host)))
@@ -126,31 +139,60 @@ def _sweep(
     It is the reverse sweep of autograd over the graph of stages, written out: no result is to be differentiated again,
     so that no node need be made.
     """
-    graph = evaluation.graph
-    carrying = graph.carrying(member.name)
-    stages = [evaluation.members[d] for d in graph.responses(member.name)]
-    devices = dict.fromkeys([d for m in stages for d in m.devices])
+    links = evaluation.links[member.name]
+    devices: dict[torch.device, None] = {}
+    host = False
+    for stage in links.responses:
+        devices.update(dict.fromkeys(stage.cuda_devices))
+        host = host or stage.host_draws.found
     # Every evaluation of a stage in there replays the draws of its last step.
-    with torch.no_grad(), preserved(devices, host=any(m.host_draws.found for m in stages)):
-        for name in reversed(carrying):
-            given = cotangents.pop(name, None)
-            if given is None or not _any(given):
-                continue
-            names = graph.inputs(name)
-            inputs = [t for q in names for t in values[q]]
-            needed = [q == member.name or q in carrying for q in names for _ in values[q]]
-            stage = evaluation.stage(name, member.name)
-            found = pulled_back(stage, graph.method(name), given, values[name], inputs, needed)
-            begin = 0
-            for q in names:
-                end = begin + len(values[q])
-                arrived, before = list(found[begin:end]), cotangents.get(q)
-                cotangents[q] = arrived if before is None else list(map(_sum, before, arrived))
-                begin = end
-        for leaf, c in zip(own, cotangents.get(member.name) or [None] * len(own), strict=True):
-            if c is not None:
-                # A copy, since a method may hand out one tensor twice, or one whose entries share memory.
-                leaf.grad = c.clone() if leaf.grad is None else leaf.grad.add_(c)
+    before = RandomState.capture(devices, host=host)
+    try:
+        with torch.no_grad():
+            for stage, sources in links.sweep:
+                given = cotangents.pop(stage.name, None)
+                if given is not None and _any(given):
+                    _pull_back(evaluation, member, values, cotangents, given, stage, sources)
+    finally:
+        before.restore()
+    found = cotangents.get(member.name)
+    if found is None:
+        return
+    for leaf, c in zip(own, found, strict=True):
+        if c is None:
+            continue
+        if leaf.grad is not None:
+            leaf.grad.add_(c)
+        else:
+            # Optimizers write to it, and a method may hand out one tensor twice, or one whose entries share memory.
+            leaf.grad = c if links.hands_over else c.clone()
+
+
+def _pull_back(
+    evaluation: Evaluation,
+    member: Member,
+    values: Mapping[str, Vector],
+    cotangents: dict[str, list[Tensor | None]],
+    given: Sequence[Tensor | None],
+    stage: Member,
+    sources: Iterable[tuple[str, bool]],
+) -> None:
+    """Send the cotangent `given` of a stage's response back to its `sources`, and add the results to theirs."""
+    inputs: list[Tensor] = []
+    needed: list[bool] = []
+    for name, wanted in sources:
+        tensors = values[name]
+        inputs += tensors
+        needed += [wanted] * len(tensors)
+    node, method = evaluation.stage(stage, member.name), evaluation.links[stage.name].method
+    found = pulled_back(node, method, given, values[stage.name], inputs, needed)
+    begin = 0
+    for name, wanted in sources:
+        end = begin + len(values[name])
+        if wanted:
+            arrived, before = found[begin:end], cotangents.get(name)
+            cotangents[name] = list(arrived if before is None else map(_sum, before, arrived))
+        begin = end
 
 
 def _any(found: Sequence[Tensor | None]) -> bool:

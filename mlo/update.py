@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from mlo.vectors import norm
 
 
 def take_step(
-    member: Member, gradient: Callable[[], TotalGradient], before_step: Callable[[Member, TotalGradient], None]
+    member: Member, gradient: Callable[[], TotalGradient], before_step: Callable[[TotalGradient], None] | None
 ) -> tuple[TotalGradient, float]:
     """Let the problem's optimizer take one step; return the evaluation behind it and the gradient's norm.
 
@@ -25,33 +26,32 @@ def take_step(
     exception in `gradient` or in `before_step`, which is called with what it has found, or a gradient that is not
     finite, leaves parameters and `.grad` as they were.
     """
-    problem = member.problem
-    assert problem.optimizer is not None
-    held = [p for group in problem.optimizer.param_groups for p in group["params"]]
-
-    def evaluate() -> tuple[TotalGradient, float]:
-        for p in held:
-            p.grad = None
-        total = gradient()
-        return total, _clipped_norm(member)
-
+    optimizer, held = member.problem.optimizer, member.held
+    assert optimizer is not None
     before = [p.grad for p in held]
     try:
-        if isinstance(problem.optimizer, torch.optim.LBFGS):
-            return _step_with_closure(member, evaluate)
-        result = evaluate()
-        before_step(member, result[0])
+        if isinstance(optimizer, torch.optim.LBFGS):
+            return _step_with_closure(member, gradient)
+        total, size = _evaluate(member, gradient)
+        if before_step is not None:
+            before_step(total)
     except BaseException:
         for p, grad in zip(held, before, strict=True):
             p.grad = grad
         raise
-    problem.optimizer.step()
-    return result
+    before.clear()
+    optimizer.step()
+    return total, size
 
 
-def _step_with_closure(
-    member: Member, evaluate: Callable[[], tuple[TotalGradient, float]]
-) -> tuple[TotalGradient, float]:
+def _evaluate(member: Member, gradient: Callable[[], TotalGradient]) -> tuple[TotalGradient, float]:
+    for p in member.held:
+        p.grad = None
+    total = gradient()
+    return total, _clipped_norm(member)
+
+
+def _step_with_closure(member: Member, gradient: Callable[[], TotalGradient]) -> tuple[TotalGradient, float]:
     """Take a step of an optimizer that evaluates the loss several times, the first time before it moves."""
     optimizer = member.problem.optimizer
     assert optimizer is not None
@@ -60,7 +60,7 @@ def _step_with_closure(
     first: list[tuple[TotalGradient, float]] = []
 
     def closure() -> float:
-        result = evaluate()
+        result = _evaluate(member, gradient)
         first.append(result)
         return result[0].loss
 
@@ -75,10 +75,9 @@ def _step_with_closure(
     return first[0]
 
 
-def step_scheduler(member: Member) -> None:
-    """Step the learning-rate scheduler that belongs to an optimizer step."""
-    scheduler = member.problem.scheduler
-    if scheduler is not None and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+def step_scheduler(scheduler: Any) -> None:
+    """Step a learning-rate scheduler after an optimizer step, if it does not wait for a validation."""
+    if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         scheduler.step()
 
 

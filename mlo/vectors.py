@@ -8,7 +8,7 @@ as Python floats, summed in double precision over the tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,14 +53,15 @@ def _norm(a: Sequence[Tensor]) -> float:
         if x.is_sparse or x.dtype in _LOW_PRECISION:
             a = [(x.coalesce().values() if x.is_sparse else x).float() for x in a]
             break
-    return math.hypot(*_numbers(torch._foreach_norm(list(a))))
+    found = torch._foreach_norm(tuple(a))
+    return math.hypot(*(map(Tensor.item, found) if found[0].is_cpu else _numbers(found)))
 
 
-def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+def _numbers(scalars: Sequence[Tensor]) -> Iterable[float]:
     """Return 0-dim tensors as Python floats, with one transfer from a device instead of one each."""
     if scalars and not scalars[0].is_cpu and len({s.device for s in scalars}) == 1:
         return torch.stack(tuple(scalars)).tolist()
-    return [s.item() for s in scalars]
+    return map(Tensor.item, scalars)
 
 
 def zeros_like(a: Sequence[Tensor]) -> Vector:

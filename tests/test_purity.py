@@ -249,6 +249,7 @@ def test_the_words_of_python_s_generator_are_its_state(known, monkeypatch):
         assert random_state._PYTHON_WORDS is not None
     else:
         monkeypatch.setattr(random_state, "_PYTHON_WORDS", None)
+        monkeypatch.setattr(random_state, "_GENERATORS", random_state._Generators())
     HostState = random_state.HostState
 
     random.seed(3)

@@ -23,6 +23,7 @@ from mlo import Status
 from mlo.hypergradient.gmres import GMRES
 from mlo.hypergradient.minres import MINRES
 from mlo.hypergradient.nystrom import Nystrom
+from mlo.vectors import norm
 from tests import zoo
 from tests.test_hypergradient_nested import Field, joined, non_quadratic_levels, quadratic_levels
 
@@ -65,6 +66,10 @@ class System:
         self.products, self.asked = 0, []
         self.rhs = self.cut(rhs)
         self.last_solution = None if last is None else self.cut(last)
+
+    @property
+    def rhs_norm(self):
+        return norm(self.rhs)
 
     def cut(self, vector):
         sizes = [math.prod(s) for s in self.shapes]

@@ -39,6 +39,8 @@ class HypergradientMethod(ABC):
     differentiable: ClassVar[bool] = True
     #: Whether the stage's own loss may contain responses that depend on the stage.
     allows_internal_responses: ClassVar[bool] = True
+    #: Whether the results of `pullback` are new tensors that nothing else refers to, which the caller may write to.
+    hands_over: ClassVar[bool] = False
     #: Whether any gradient passes at all.
     carries_gradient: ClassVar[bool] = True
 

@@ -75,7 +75,7 @@ class KrylovMethod(ImplicitMethod):
 
         `cycle` gets that residual, its length, the length to reach and the steps that are left.
         """
-        size = norm(system.rhs)
+        size = system.rhs_norm
         if size == 0:
             return Solution(zeros_like(system.rhs), Status.CONVERGED, 0, 0.0)
         if not math.isfinite(size):
@@ -102,13 +102,13 @@ class KrylovMethod(ImplicitMethod):
         return max(size * (max(self.rtol, rounding_unit(rhs)) if self.rtol else 0.0), self.atol)
 
     def _start(self, system: LinearSystem, size: float) -> tuple[Vector, Vector]:
-        """Return the first λ and its residual: the kept solution where it is better than zero."""
+        """Return the first λ, the kept solution where it is better than zero, and its residual, in new memory."""
         kept = system.last_solution if self.warm_start else None
         if kept is not None:
             residual = self._residual(system, kept)
             if norm(residual) < size:
-                return kept, residual
-        return zeros_like(system.rhs), system.rhs
+                return scale(kept, 1.0), residual
+        return zeros_like(system.rhs), scale(system.rhs, 1.0)
 
     def _residual(self, system: LinearSystem, adjoint: Vector) -> Vector:
         """Return c − (H + damping·I)λ, at the cost of a product."""
@@ -180,28 +180,32 @@ class ConjugateGradient(KrylovMethod):
 
     def solve(self, system: LinearSystem) -> Solution:
         """Return λ by the standard recurrences."""
-        size = norm(system.rhs)
+        size = system.rhs_norm
         if size == 0:
             return Solution(zeros_like(system.rhs), Status.CONVERGED, 0, 0.0)
         if not math.isfinite(size):
             return Solution(system.rhs, Status.NON_FINITE, 0, size)
         tolerance = self._tolerance(system.rhs, size)
-        # λ, r and the direction are copies, and written to: each is as large as the stage, and memory that is allocated
-        # anew takes longer to fill.
-        adjoint, residual = (scale(v, 1.0) for v in self._start(system, size))
+        # All are this method's own, and written to: they are as large as the stage, and memory that is allocated anew
+        # takes longer to fill.
+        adjoint, residual = self._start(system, size)
         error = dot(residual, residual)
         inverse = self._inverse(system, needed=math.sqrt(error) > tolerance)
-        improved, slope = _preconditioned(inverse, residual, error)
-        direction = scale(improved, 1.0)
-        squared = dot(direction, direction)
+        direction: Vector = ()
         best, smallest = adjoint, error
-        flat = FLAT * rounding_unit(system.rhs)
+        squared = previous = 0.0
+        flat = FLAT * rounding_unit(residual)
         # Preconditioned directions may all be of small curvature: what the preconditioner saw of H counts as met.
         steepest = 0.0 if inverse is None else inverse.largest
         status, step = Status.TRUNCATED, 0
         while math.sqrt(error) > tolerance:
             if step == self.max_steps:
                 break
+            improved, slope = _preconditioned(inverse, residual, error)
+            growth = slope / previous if step else 0.0
+            direction = add_(scale_(direction, growth), improved) if step else scale(improved, 1.0)
+            # r is orthogonal to the direction before, z is not.
+            squared = error + growth**2 * squared if inverse is None else dot(direction, direction)
             curved = self._damped_product(system, direction)
             curvature = dot(direction, curved)
             end = _out_of_range(curvature, squared, slope)
@@ -224,10 +228,6 @@ class ConjugateGradient(KrylovMethod):
             elif best is adjoint:
                 best = add(adjoint, direction, -length)  # as it was before this step
             previous = slope
-            improved, slope = _preconditioned(inverse, residual, error)
-            add_(scale_(direction, slope / previous), improved)
-            # r is orthogonal to the direction before, z is not.
-            squared = error + (slope / previous) ** 2 * squared if inverse is None else dot(direction, direction)
             step += 1
         else:
             status = Status.CONVERGED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from mlo.hypergradient.base import HypergradientMethod
 from mlo.hypergradient.first_order import first_order_only
 from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
 from mlo.options import is_number
-from mlo.products.central_differences import both_sides, differences
+from mlo.products.central_differences import central_difference
 from mlo.products.directional import NEARER, shift_length, warn_of_asymmetry
 from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport, Status
@@ -70,6 +71,7 @@ class FiniteDifference(HypergradientMethod):
 
     differentiable: ClassVar[bool] = False
     allows_internal_responses: ClassVar[bool] = False
+    hands_over: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -93,6 +95,8 @@ class FiniteDifference(HypergradientMethod):
         needed: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """Return the central difference."""
+        if not torch.is_grad_enabled():
+            return self._central_difference(stage, cotangents, solution, inputs, needed)
         with torch.no_grad():
             result = self._central_difference(stage, cotangents, solution, inputs, needed)
         return first_order_only(self, stage, result, (*cotangents, *solution, *inputs))
@@ -118,8 +122,8 @@ class FiniteDifference(HypergradientMethod):
         x = leaves(inputs, needed)
 
         def difference(way: float, factor: float) -> tuple[Tensor | None, ...]:
-            ahead, behind = both_sides(stage, solution, direction, way / length, x, want_theta=False)
-            return differences(ahead.x, behind.x, factor * length / (2 * way))
+            scaled = factor * length / (2 * way)
+            return central_difference(stage, solution, direction, way / length, x, scaled, in_theta=False)
 
         result = difference(shift, -size)
         if stage.symmetry_check_due() and size != 0:
@@ -135,7 +139,7 @@ class FiniteDifference(HypergradientMethod):
     ) -> tuple[Sequence[Tensor], float]:
         """Return vectors and a number whose product is d; where all factors are equal, no vector is made."""
         each = factors if isinstance(factors, tuple) else (factors,) * len(signs)
-        signed = [f * s for f, s in zip(each, signs, strict=True)]
-        if len(set(signed)) == 1:
+        signed = list(map(mul, each, signs))
+        if signed.count(signed[0]) == len(signed):
             return cotangents, signed[0]
         return scale(cotangents, signed), 1.0

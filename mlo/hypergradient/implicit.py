@@ -63,6 +63,7 @@ class ImplicitMethod(HypergradientMethod):
 
     product: Product = field(default=DoubleBackward(), kw_only=True)
 
+    hands_over: ClassVar[bool] = True
     #: Whether the solver takes H for symmetric; it then never sees the transposed operator.
     assumes_symmetric: ClassVar[bool] = False
 
@@ -102,10 +103,12 @@ class ImplicitMethod(HypergradientMethod):
         """Return −Gᵀ H⁻ᵀ c."""
         if torch.is_grad_enabled() and self.differentiable:
             return self._differentiable_pullback(stage, cotangents, solution, inputs)
-        factor = _normalising_factor(cotangents)
+        size = norm(cotangents)
+        factor = _normalising_factor(size)
         with torch.no_grad(), self.product.linearised(stage, solution, inputs, needed) as linearisation:
             rhs = cotangents if factor == 1.0 else scale(cotangents, factor)
-            system = LinearSystem(stage, linearisation, solution, rhs, warm_start_key=_warm_start_key(stage))
+            key = _warm_start_key(stage)
+            system = LinearSystem(stage, linearisation, solution, rhs, warm_start_key=key, cotangent_norm=size * factor)
             adjoint = self.solve_and_settle(stage, system)
             mixed = linearisation.mixed_product(adjoint)
         result = tuple(None if m is None else m * (-1 / factor) for m in mixed)
@@ -158,7 +161,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, method: ImplicitMethod, point: Point, transposed: bool, *tensors: Tensor) -> Vector:
         solution, inputs, cotangents = point.split(tensors)
-        factor = _normalising_factor(cotangents)
+        factor = _normalising_factor(norm(cotangents))
         wanted = [False] * len(inputs)
         with method.product.linearised(point.stage, solution, inputs, wanted) as linearisation:
             system = LinearSystem(
@@ -189,9 +192,8 @@ def _warm_start_key(stage: StageFunction) -> str | None:
     return stage.name if stage.first_solve() else None
 
 
-def _normalising_factor(cotangents: Sequence[Tensor]) -> float:
+def _normalising_factor(size: float) -> float:
     """Return a power of two that brings c near length 1 if its square could leave the range of its dtype."""
-    size = norm(cotangents)
     if size == 0 or not math.isfinite(size) or _SAFE[0] < size < _SAFE[1]:
         return 1.0
     return 2.0 ** -round(math.log2(size))

@@ -77,7 +77,7 @@ class Nystrom(ImplicitMethod):
 
     def solve(self, system: LinearSystem) -> Solution:
         """Return (H_k + damping·I)⁻¹ c."""
-        size = norm(system.rhs)
+        size = system.rhs_norm
         if size == 0:
             return Solution(zeros_like(system.rhs), Status.CONVERGED, 0, 0.0)
         if not math.isfinite(size):

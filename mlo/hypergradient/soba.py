@@ -75,7 +75,7 @@ class SOBA(ImplicitMethod):
     def solve(self, system: LinearSystem) -> Solution:
         """Return λ after some steps from the last one."""
         factors = scale_factors(self, self.scale, system)
-        size = norm(system.rhs)
+        size = system.rhs_norm
         adjoint = system.last_solution or zeros_like(system.rhs)
         left = size
         for _ in range(self.steps):

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlo.autodiff import filled
+from mlo.autodiff import gradients
 from mlo.errors import ConfigurationError, EvaluationError
 from mlo.options import is_number
 from mlo.products.base import Linearisation, Product
-from mlo.products.directional import NEARER, DirectionalLinearisation, LossGradients, gradients_of, shift_length
+from mlo.products.directional import NEARER, DirectionalLinearisation, shift_length
 from mlo.stage_function import StageFunction, leaves
-from mlo.vectors import Vector, add, norm
+from mlo.vectors import Vector, add, norm, scale_, subtract
 
 # The two sides are looked at more closely where they differ by this share of the loss: a shift changes it by less.
 _SUSPICIOUS = 0.01
@@ -96,54 +96,52 @@ class _Differences(DirectionalLinearisation):
         super().__init__(stage, solution, inputs, needed, known)
         self._shift = shift_length(solution) if epsilon is None else epsilon
 
-    def derivative(self, direction: Vector, want_inputs: bool) -> tuple[Vector, tuple[Tensor | None, ...]]:
-        return self._difference(direction, want_inputs, self._shift)
+    def derivative(self, direction: Vector, *, in_theta: bool) -> tuple[Tensor | None, ...]:
+        return self._over(direction, self._shift, in_theta=in_theta)
 
     def derivative_nearer(self, direction: Vector) -> tuple[Tensor | None, ...]:
-        return self._difference(direction, True, NEARER * self._shift)[1]
+        return self._over(direction, NEARER * self._shift, in_theta=False)
 
-    def _difference(
-        self, direction: Vector, want_inputs: bool, shift: float
-    ) -> tuple[Vector, tuple[Tensor | None, ...]]:
-        x = leaves(self.inputs, self.needed if want_inputs else False)
+    def _over(self, direction: Vector, shift: float, *, in_theta: bool) -> tuple[Tensor | None, ...]:
+        x = leaves(self.inputs, False if in_theta else self.needed)
         length = norm(direction)
         if length == 0:
-            return direction, tuple(torch.zeros_like(t) if t.requires_grad else None for t in x)
-        ahead, behind = both_sides(self.stage, self.solution, direction, shift / length, x, want_theta=not want_inputs)
+            return direction if in_theta else tuple([torch.zeros_like(t) if t.requires_grad else None for t in x])
         factor = length / (2 * shift)
-        return (
-            filled(differences(ahead.theta, behind.theta, factor), self.solution),
-            differences(ahead.x, behind.x, factor),
-        )
+        return central_difference(self.stage, self.solution, direction, shift / length, x, factor, in_theta=in_theta)
 
 
-def both_sides(
+def central_difference(
     stage: StageFunction,
     solution: Sequence[Tensor],
     direction: Sequence[Tensor],
     shift: float,
     x: Vector,
+    factor: float,
     *,
-    want_theta: bool,
-) -> tuple[LossGradients, LossGradients]:
-    """Return loss and gradients at θ + shift·direction and at θ − shift·direction.
+    in_theta: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return [∇L(θ + shift·direction, x) − ∇L(θ − shift·direction, x)]·factor, the gradients those in θ or in x.
 
     Raises:
         EvaluationError: the loss is another function on each side.
 
     """
     shifted = add(solution, direction, shift)
-    theta = leaves(shifted) if want_theta else shifted
+    theta = leaves(shifted) if in_theta else shifted
+    at = theta if in_theta else x
     with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
-        ahead = gradients_of(evaluate(), theta, x)
+        loss = evaluate()
+        there, ahead = loss.item(), gradients((loss,), at)
         # The second side takes the place of the first: allocating memory anew takes several times as long as filling
         # it. By .data, since it is not the loss that writes here, and the graph of the first side is gone.
         for place, centre, d in zip(shifted, solution, direction, strict=True):
             torch.add(centre.detach(), d.detach(), alpha=-shift, out=place.data)
-        behind = gradients_of(evaluate(), theta, x)
-    if abs(ahead.loss - behind.loss) > _SUSPICIOUS * max(abs(ahead.loss), abs(behind.loss)):
-        _check_repeatable(stage, ahead.loss, add(solution, direction, shift), x)
-    return ahead, behind
+        loss = evaluate()
+        back, behind = loss.item(), gradients((loss,), at)
+    if abs(there - back) > _SUSPICIOUS * max(abs(there), abs(back)):
+        _check_repeatable(stage, there, add(solution, direction, shift), x)
+    return differences(ahead, behind, factor)
 
 
 def _check_repeatable(stage: StageFunction, value: float, at: Vector, x: Vector) -> None:
@@ -165,12 +163,14 @@ def differences(
     ahead: Sequence[Tensor | None], behind: Sequence[Tensor | None], factor: float
 ) -> tuple[Tensor | None, ...]:
     """Return (ahead − behind)·factor, where one that is missing counts as zero and both missing as `None`."""
-    there, back = [a for a in ahead if a is not None], [b for b in behind if b is not None]
-    if there and len(there) == len(ahead) and len(back) == len(behind):
-        found = torch._foreach_sub(there, back)
-        torch._foreach_mul_(found, factor)
-        return found
-    return tuple(_difference(a, b, factor) for a, b in zip(ahead, behind, strict=True))
+    there: list[Tensor] = []
+    back: list[Tensor] = []
+    for a, b in zip(ahead, behind, strict=True):
+        if a is None or b is None:
+            return tuple([_difference(a, b, factor) for a, b in zip(ahead, behind, strict=True)])
+        there.append(a)
+        back.append(b)
+    return scale_(subtract(there, back), factor)
 
 
 def _difference(a: Tensor | None, b: Tensor | None, factor: float) -> Tensor | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mlo.autodiff import gradients
+from mlo.autodiff import filled, gradients
 from mlo.errors import MloWarning
 from mlo.losses import unreached
 from mlo.products.base import Linearisation
@@ -26,23 +26,17 @@ NEARER = 0.25
 
 
 class LossGradients(NamedTuple):
-    """L with ∂L/∂θ and ∂L/∂x at one point, `None` where the loss does not reach."""
+    """∂L/∂θ and ∂L/∂x at one point, `None` where the loss does not reach."""
 
-    loss: float
     theta: tuple[Tensor | None, ...]
     x: tuple[Tensor | None, ...]
 
 
 def loss_gradients(stage: StageFunction, theta: Vector, x: Vector) -> LossGradients:
-    """Return the loss and its gradients in those tensors that need one, by one forward and one reverse pass."""
+    """Return the gradients of the loss in those tensors that need one, by one forward and one reverse pass."""
     with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
-        return gradients_of(evaluate(), theta, x)
-
-
-def gradients_of(loss: Tensor, theta: Vector, x: Vector) -> LossGradients:
-    """Return the value of a loss and its gradients, by one reverse pass; to be called within the span of the loss."""
-    found = gradients([loss], (*theta, *x))
-    return LossGradients(loss.item(), found[: len(theta)], found[len(theta) :])
+        found = gradients((evaluate(),), (*theta, *x))
+        return LossGradients(found[: len(theta)], found[len(theta) :])
 
 
 class DirectionalLinearisation(Linearisation):
@@ -74,32 +68,35 @@ class DirectionalLinearisation(Linearisation):
         self._decays = self._numbers(stage.weight_decays)
 
     @abstractmethod
-    def derivative(self, direction: Vector, want_inputs: bool) -> tuple[Vector, tuple[Tensor | None, ...]]:
-        """Return the derivatives of ∂L/∂θ and, if wanted, of ∂L/∂x along a direction with a tensor for all of θ."""
+    def derivative(self, direction: Vector, *, in_theta: bool) -> tuple[Tensor | None, ...]:
+        """Return the derivative of ∂L/∂θ, or else of ∂L/∂x, along a direction with a tensor for all of θ."""
 
     def derivative_nearer(self, direction: Vector) -> tuple[Tensor | None, ...]:
         """Return the derivative of ∂L/∂x over a shorter way, where there is a way."""
-        return self.derivative(direction, want_inputs=True)[1]
+        return self.derivative(direction, in_theta=False)
 
     def product(self, vector: Sequence[Tensor]) -> Vector:
         """Return Hᵀ·vector."""
         along = self._everywhere([s * v for s, v in zip(self._signs, vector, strict=True)])
-        return self._with_decay(self.taking_part(self.derivative(along, want_inputs=False)[0]), vector)
+        return self._with_decay(self._changes(along), vector)
 
     def transposed_product(self, vector: Sequence[Tensor]) -> Vector:
         """Return H·vector."""
-        changes = self.taking_part(self.derivative(self._everywhere(vector), want_inputs=False)[0])
+        changes = self._changes(self._everywhere(vector))
         return self._with_decay([s * t for s, t in zip(self._signs, changes, strict=True)], vector)
 
     def mixed_product(self, vector: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Return Gᵀ·vector."""
         along = self._everywhere([s * v for s, v in zip(self._signs, vector, strict=True)])
-        found = self.derivative(along, want_inputs=True)[1]
+        found = self.derivative(along, in_theta=False)
         if self.stage.symmetry_check_due():
             warn_of_asymmetry(
                 self.stage, self.solution, self.inputs, along, found, lambda: self.derivative_nearer(along)
             )
         return found
+
+    def _changes(self, direction: Vector) -> Vector:
+        return self.taking_part(filled(self.derivative(direction, in_theta=True), self.solution))
 
     def _with_decay(self, changes: Sequence[Tensor], vector: Sequence[Tensor]) -> Vector:
         return tuple(t + decay * v if decay else t for t, v, decay in zip(changes, vector, self._decays, strict=True))

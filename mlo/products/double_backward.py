@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mlo.autodiff import filled, gradients
 from mlo.products.base import Linearisation, Product
+from mlo.reverse_pass import reverse_pass
 from mlo.stage_function import StageFunction, leaves
 from mlo.vectors import Vector
 
@@ -70,7 +71,7 @@ class _RetainedGraph(Linearisation):
         if self._constant:
             return filled(gradients(self._g, self._theta, tuple(vector), retain_graph=True), self._theta)
         # As `gradients`, without its search for holes, which would be made anew for every product.
-        found = torch.autograd.grad(self._g, self._theta, tuple(vector), retain_graph=True, allow_unused=True)
+        found = reverse_pass(self._g, self._theta, tuple(vector), retain_graph=True)
         return tuple(
             [
                 torch.zeros_like(theta) if t is None else t.to_dense() if t.is_sparse else t

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mlo.autodiff import filled
 from mlo.products.base import Linearisation, Product
 from mlo.products.directional import DirectionalLinearisation, loss_gradients
 from mlo.stage_function import StageFunction, leaves
@@ -54,15 +53,14 @@ class ForwardOverReverse(Product):
 
 
 class _Tangents(DirectionalLinearisation):
-    def derivative(self, direction: Vector, want_inputs: bool) -> tuple[Vector, tuple[Tensor | None, ...]]:
+    def derivative(self, direction: Vector, *, in_theta: bool) -> tuple[Tensor | None, ...]:
         with forward_ad.dual_level(), torch.enable_grad():
             dual = tuple(
                 forward_ad.make_dual(t, d.detach())  # type: ignore[no-untyped-call]
-                for t, d in zip(leaves(self.solution), direction, strict=True)
+                for t, d in zip(leaves(self.solution, in_theta), direction, strict=True)
             )
-            found = loss_gradients(self.stage, dual, leaves(self.inputs, self.needed if want_inputs else False))
-            changes = tuple(_tangent(t) for t in found.theta)
-            return filled(changes, self.solution), tuple(_tangent(t) for t in found.x)
+            found = loss_gradients(self.stage, dual, leaves(self.inputs, False if in_theta else self.needed))
+            return tuple(_tangent(t) for t in (found.theta if in_theta else found.x))
 
 
 def _tangent(gradient: Tensor | None) -> Tensor | None:

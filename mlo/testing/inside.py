@@ -13,6 +13,7 @@ from mlo.errors import ConfigurationError
 from mlo.evaluation import Binding, Evaluation, replayed
 from mlo.graph import ProblemGraph
 from mlo.hypergradient import Dense, HypergradientMethod
+from mlo.links import Links
 from mlo.member import MicroBatch
 from mlo.random_state import preserved
 from mlo.solve_batches import Previews
@@ -151,15 +152,19 @@ class EngineHierarchy(Hierarchy):
         methods, so that only this method can be wrong.
         """
         graph = _DenseInside(self._graph, stage)
-        evaluation = Evaluation(graph, self._members, lambda m: self._batches[m.name], {}, [])
+        evaluation = self._evaluation(graph)
         wanted, member = self.inputs(stage), self._members[stage]
-        values = evaluation.constants(graph.inputs(stage))
+        values = {q: self._members[q].constants() for q in graph.inputs(stage)}
         leaves = [t.requires_grad_() for q in wanted for t in values[q]]
         with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
-            evaluation.add_responses(values, [stage], self.name)
+            evaluation.add_responses(values, [member], self.name)
             cotangents = separated(cotangent, member.trainable)
             found = iter(partial_derivatives(values[stage], leaves, cotangents, create_graph=False))
         return {q: joined([next(found) for _ in values[q]]) for q in wanted}, evaluation.reports
+
+    def _evaluation(self, graph: ProblemGraph) -> Evaluation:
+        links = {name: Links(graph, self._members, name) for name in graph.names}
+        return Evaluation(graph, links, self._members, lambda m: self._batches[m.name], {}, [])
 
     # --- evaluating a loss -------------------------------------------------------------------------------------
 
@@ -173,10 +178,9 @@ class EngineHierarchy(Hierarchy):
     @contextmanager
     def _evaluating(self, name: str, active: Container[str], tensors: Vector) -> Iterator[Callable[[], Tensor]]:
         """Bind tensors for the problem and for what it reads among `active`, and hand out its loss."""
-        evaluation = Evaluation(self._graph, self._members, lambda m: self._batches[m.name], {}, [])
         member, given = self._members[name], iter(tensors)
         values = {q: tuple(next(given) for _ in self._members[q].trainable) for q in self._owners(name, active)}
-        values |= evaluation.constants(q for q in self._graph.direct(name) if q not in values)
+        values |= {q: self._members[q].constants() for q in self._graph.direct(name) if q not in values}
 
         def evaluate() -> Tensor:
             losses = []
