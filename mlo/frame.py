@@ -18,7 +18,7 @@ class Parameters(dict[str, Tensor]):
 
     def __init__(self, problem: str, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Take a copy of the mapping; `problem` is named in errors."""
-        super().__init__(tensors)
+        dict.__init__(self, tensors)
         self._problem = problem
 
     def __missing__(self, name: str) -> NoReturn:
@@ -130,10 +130,10 @@ class Frame:
         found = self._parameters.get(problem)
         if found is None:
             names = self._seen[problem].names
-            tensors: Iterable[tuple[str, Tensor]] = zip(names.trainable, self._values[problem], strict=True)
+            tensors = dict(zip(names.trainable, self._values[problem], strict=True))
             if names.constant:
-                known = {**dict(tensors), **names.constant}
-                tensors = [(n, known[n]) for n in names.all]
+                known = {**tensors, **names.constant}
+                tensors = {n: known[n] for n in names.all}
             found = self._parameters[problem] = Parameters(problem, tensors)
         return found
 

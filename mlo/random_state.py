@@ -44,11 +44,12 @@ class HostState(NamedTuple):
 
     def restore(self) -> None:
         """Put the generators back, if anything was drawn from them."""
-        moved = _GENERATORS.mark() != self.mark
-        if moved:
+        (python, numpy), (python_now, numpy_now) = self.mark, _GENERATORS.mark()
+        if python != python_now:
             _set_python_state(self.python, self.kept)
         # The number that NumPy keeps can be drawn without a change of the words.
-        if moved or (self.numpy is not None and (self.words is None or self.numpy["has_gauss"])):
+        kept = self.numpy is not None and (self.words is None or self.numpy["has_gauss"])
+        if kept or numpy != numpy_now:
             np.random.set_state(_of_words(self.words) if self.numpy is None else self.numpy)
 
     def unmoved(self) -> bool:

@@ -272,6 +272,28 @@ def test_the_words_of_python_s_generator_are_its_state(known, monkeypatch):
     assert [random.random(), np.random.rand()] == numbers
 
 
+@pytest.mark.parametrize("count", [1, 2, 312, 623, 624, 625, 1248])
+@pytest.mark.parametrize(
+    "draw", [lambda n: [random.getrandbits(32) for _ in range(n)], lambda n: np.random.randint(0, 2**32, n, np.uint32)]
+)
+def test_any_number_of_draws_is_noticed(draw, count):
+    """The words are renewed every 624 of them, when the position in them is the same again."""
+    before = random_state.HostState.capture(whole=False)
+    assert before.unmoved()
+    first = list(draw(count))
+    assert not before.unmoved()
+    before.restore()
+    assert before.unmoved()
+    assert list(draw(count)) == first
+
+
+def test_states_that_nothing_was_drawn_from_are_copied_once():
+    before = random_state.HostState.capture(whole=False)
+    assert random_state.HostState.capture(whole=False) is before
+    random.random()
+    assert random_state.HostState.capture(whole=False) is not before
+
+
 class Counting(nn.Module):
     """Its output grows with each forward pass that it has made."""
 

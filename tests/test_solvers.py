@@ -1053,6 +1053,57 @@ def test_a_series_until_converged():
     assert solved(Neumann(terms=5, scale="auto"), torch.zeros(4, 4), torch.ones(4)).status is Status.SINGULAR
 
 
+@pytest.mark.parametrize("terms", [2, 3, 4, 5, 8, 9, 11])
+def test_a_series_of_given_length_ends_with_the_residual_before_its_last_term(terms):
+    """However seldom it is looked at on the way."""
+    matrix, rhs = symmetric(spectrum(8, 20.0)), torch.randn(8)
+    result = solved(Neumann(terms=terms, scale=1.0, rtol=0.0), matrix, rhs)
+    shorter = solved(Neumann(terms=terms - 1, scale=1.0, rtol=0.0), matrix, rhs)
+    assert (result.status, result.iterations, result.products) == (Status.TRUNCATED, terms, terms - 1)
+    assert result.residual == pytest.approx(((rhs - matrix @ shorter.vector).norm() / rhs.norm()).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("terms", "iterations"), [(6, 5), (50, 8), (10_000, 8)])
+def test_a_series_that_grows_is_given_up_while_it_is_finite(terms, iterations):
+    result = solved(Neumann(terms=terms, scale=30.0, rtol=0.0), torch.eye(3), torch.ones(3))  # by 29 per term
+    assert result.status is Status.DIVERGED
+    assert result.vector.isfinite().all()
+    assert result.iterations == iterations  # 29⁴ < 1e6; it is looked at after every fourth term, and near the end
+
+
+def test_conjugate_gradients_leave_their_arguments_alone():
+    """What they begin with, the right-hand side or a kept solution, is not theirs to write to."""
+    matrix, rhs, last = zoo.spd(6), torch.randn(6), torch.randn(6) * 0.01
+    for options in ({}, {"warm_start": True}, {"preconditioner": Nystrom(rank=2, damping=0.5)}):
+        system = System(matrix, rhs, SHAPES, last)
+        before = [t.clone() for t in (*system.rhs, *system.last_solution)]
+        mlo.ConjugateGradient(max_steps=4, rtol=0.0, **options).solve(system)
+        assert all(map(torch.equal, (*system.rhs, *system.last_solution), before))
+
+
+def test_a_preconditioner_is_not_asked_for_a_direction_that_is_not_taken():
+    matrix, rhs = zoo.spd(6), torch.randn(6)
+    asked = []
+
+    class Counting(Nystrom):
+        def inverse(self, system):
+            inverse = super().inverse(system)
+
+            class Counted:
+                largest = inverse.largest
+
+                def __call__(self, vector):
+                    asked.append(1)
+                    return inverse(vector)
+
+            return Counted()
+
+    mlo.ConjugateGradient(max_steps=3, rtol=0.0, preconditioner=Counting(rank=2, damping=0.5)).solve(
+        System(matrix, rhs, SHAPES)
+    )
+    assert len(asked) == 3
+
+
 # --- other dtypes -----------------------------------------------------------------------------------------------------
 
 

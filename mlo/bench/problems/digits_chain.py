@@ -16,7 +16,8 @@ from mlo.bench.stage import Case, Stage, View
 
 LENGTHS = (4, 12, 32)
 
-_FEATURES, _CLASSES, _EXAMPLES = 64, 10, 512
+_PIXELS, _FEATURES, _CLASSES = 64, 256, 10
+_EXAMPLES, _HELD_OUT = 1200, 128
 
 
 def _train(own: View, others: Mapping[str, View], batch: Any) -> Tensor:
@@ -41,10 +42,12 @@ def _validate(_: View, others: Mapping[str, View], batch: Any) -> Tensor:
 
 
 def build(request: Request) -> Case:
-    """Return the case at random weights: every stage has its own draw of 512 digits."""
+    """Return the case at random weights: every stage has its own draw of 1,200 digits."""
     topology, length = request.size.split("-")
     train, held_out = parts(digits(), (0.7, 0.3), request.seed)
     generator = torch.Generator().manual_seed(request.seed)
+    projection = torch.randn(_PIXELS, _FEATURES, generator=generator, dtype=train.x.dtype) / _PIXELS**0.5
+    features, others = ((data.x @ projection).relu() for data in (train, held_out))
     names = [f"stage_{i}" for i in range(1, int(length) + 1)]
     stages = []
     for i, name in enumerate(names):
@@ -55,7 +58,7 @@ def build(request: Request) -> Case:
                 seeded(lambda: nn.Linear(_FEATURES, _CLASSES, bias=False), request.seed + i),
                 _train,
                 (*(names[:i] if topology == "dense" else names[max(0, i - 1) : i]), "upper"),
-                batches=((train.x[drawn], train.y[drawn]),),
+                batches=((features[drawn], train.y[drawn]),),
                 learning_rate=0.1,
             )
         )
@@ -64,7 +67,7 @@ def build(request: Request) -> Case:
         vector_module(log=torch.full((_FEATURES,), -1.0, dtype=torch.float64)),
         _validate,
         (names[-1],) if topology == "last" else tuple(names),
-        batches=((held_out.x[:_EXAMPLES], held_out.y[:_EXAMPLES]),),
+        batches=((others[:_HELD_OUT], held_out.y[:_HELD_OUT]),),
         learning_rate=0.05,
         optimizer="adam",
     )
@@ -73,7 +76,7 @@ def build(request: Request) -> Case:
 
 FAMILY = Family(
     "digits-chain",
-    "interleaving chains of K classifiers of digits (640 weights, 512 examples) in three topologies",
+    "interleaving chains of K classifiers of digits (2,560 weights, 1,200 examples) in three topologies",
     tuple(f"{topology}-{length}" for topology in TOPOLOGIES for length in LENGTHS),
     build,
 )
