@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mlo.ambient import Autocast
+from mlo.ambient import AS_IT_IS, Autocast
 from mlo.autodiff import gradients
 from mlo.autograd_graph import reject_first_order_operations, reject_reentrant_checkpoints
 from mlo.errors import ConfigurationError, EvaluationError, LossError
@@ -295,7 +295,8 @@ class _StageSpan:
         # What writes to its arguments does so in training too, where every evaluation is checked.
         self._checked = member.in_methods.due()
         self._ambient = self._autocast.restored()
-        self._ambient.__enter__()
+        if self._ambient is not AS_IT_IS:
+            self._ambient.__enter__()
         try:
             nested = evaluation.links[member.name].nested
             if nested:
@@ -305,7 +306,8 @@ class _StageSpan:
             )
             self._binding.__enter__()
         except BaseException as error:
-            self._ambient.__exit__(type(error), error, error.__traceback__)
+            if self._ambient is not AS_IT_IS:
+                self._ambient.__exit__(type(error), error, error.__traceback__)
             raise
         return self._evaluate
 
@@ -315,7 +317,8 @@ class _StageSpan:
         try:
             self._binding.__exit__(kind, error, trace)
         finally:
-            self._ambient.__exit__(kind, error, trace)
+            if self._ambient is not AS_IT_IS:
+                self._ambient.__exit__(kind, error, trace)
 
     def _evaluate(self) -> Tensor:
         member, checked, batches = self._member, self._checked, self._batches

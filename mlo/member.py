@@ -112,15 +112,13 @@ class Member:
         for places, key, i in self.slots.places:
             if places.get(key) is not trainable[i]:
                 return False
-        return self._group_sizes == [len(group["params"]) for group in self._groups()]
-
-    def _groups(self) -> list[dict[str, Any]]:
         optimizer = self.problem.optimizer
-        return [] if optimizer is None else optimizer.param_groups
+        return optimizer is None or self._group_sizes == [len(group["params"]) for group in optimizer.param_groups]
 
     def _find_parameters(self) -> None:
         named = dict(self.problem.module.named_parameters())
-        optimizer, groups = self.problem.optimizer, self._groups()
+        optimizer = self.problem.optimizer
+        groups = [] if optimizer is None else optimizer.param_groups
         self.held: list[torch.Tensor] = [p for group in groups for p in group["params"]]
         held = None if optimizer is None else set(map(id, self.held))
         self.parameters = named

@@ -107,6 +107,9 @@ def _compared(
             rounds=pairs,
             seconds=pairs * (_QUICK_SECONDS_PER_PAIR if settings.quick else _SECONDS_PER_PAIR),
             device=settings.device,
+            # In training a step follows one of the same loop. After another library's it finds its code and its data
+            # driven out of the caches, which costs the more the less arithmetic there is.
+            settle=True,
         )
         again = Ratio.of(times[_AGAIN], times[ByHand.name]).as_record()
         peaks = {name: peak_bytes(loops[name].step, settings.device) for name in able}
