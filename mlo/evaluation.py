@@ -252,6 +252,10 @@ class _ProblemStage(StageFunction):
     def at_step(self, step: RecordedStep[list[MicroBatch]]) -> StageFunction:
         return _StageAtStep(self, step.batches)
 
+    def repetition_check_due(self) -> bool:
+        # What draws numbers of its own is found the first time; a loss that is merely curved is so at many steps.
+        return self._member.in_doubt.due()
+
     def symmetry_check_due(self) -> bool:
         # The first solve is left as cheap as it can be; what trains makes many.
         self._member.directional_solves += 1

@@ -57,6 +57,7 @@ class Member:
         has_stepped: whether it has taken an optimizer step in this engine.
         in_training: when its loss is checked for what users must not do in it, in training steps.
         in_methods: likewise, inside hypergradient methods.
+        in_doubt: likewise, where it was very different on both sides of a difference: whether it is the same function.
         directional_solves: how often mixed products of its loss were taken as directional derivatives.
         options_seen: how often its fixed options had been set when they were last compared with the engine's.
         host_draws: whether its loss draws from Python's or NumPy's generator.
@@ -133,5 +134,5 @@ class Member:
         self.device_types: tuple[str, ...] = tuple(dict.fromkeys(d.type for d in self.devices))
         self._flags = [(p, p.requires_grad) for p in named.values()]
         self._group_sizes = [len(group["params"]) for group in groups]
-        self.in_training, self.in_methods = CheckSchedule(), CheckSchedule()
+        self.in_training, self.in_methods, self.in_doubt = CheckSchedule(), CheckSchedule(), CheckSchedule()
         self.recording: Recording[list[MicroBatch]] | None = None

@@ -78,6 +78,10 @@ class StageFunction(ABC):
         """Return the diagonal of the derivative of the optimizer's next update in the gradients of the loss."""
         raise ConfigurationError(f"stage {self.name!r} has no optimizer; expected one of an engine that has.")
 
+    def repetition_check_due(self) -> bool:
+        """Whether a loss that is very different on both sides of a difference is to be evaluated once more."""
+        return True
+
     def symmetry_check_due(self) -> bool:
         """Whether it is time to compare ∂²L/∂x∂θ with ∂²L/∂θ∂x (see `warn_of_asymmetry`)."""
         return False

@@ -58,6 +58,20 @@ def test_a_finite_difference_costs_two_evaluations_per_stage(length):
     assert counts == {**{s.name: 2 for s in stages}, "top": 1}
 
 
+def test_sides_that_differ_much_are_compared_at_steps_1_2_4_and_8():
+    """A shift so long that the loss is another one on each side, as it is at every step."""
+    stages, top = zoo.two_levels(mlo.FiniteDifference(epsilon=5.0))
+    engine = mlo.Engine([*stages, top])
+    counts, each = evaluations(engine), []
+    for _ in range(9):
+        before = counts["w"]
+        engine.step()
+        each.append(counts["w"] - before)
+    # Its own step, and the two sides; from the second solve on the order of derivatives is compared once (four more).
+    expected = [4, 4, 3, 4, 3, 3, 3, 4, 3]
+    assert [count - (2 if step == 1 else 0) for step, count in enumerate(each)] == expected
+
+
 def test_a_training_step_costs_no_more_than_its_hypergradient():
     stages, top = zoo.dense(mlo.ConjugateGradient(), length=4)
     engine = mlo.Engine([*stages, top])

@@ -139,7 +139,7 @@ def central_difference(
             torch.add(centre.detach(), d.detach(), alpha=-shift, out=place.data)
         loss = evaluate()
         back, behind = loss.item(), gradients((loss,), at)
-    if abs(there - back) > _SUSPICIOUS * max(abs(there), abs(back)):
+    if abs(there - back) > _SUSPICIOUS * max(abs(there), abs(back)) and stage.repetition_check_due():
         _check_repeatable(stage, there, add(solution, direction, shift), x)
     return differences(ahead, behind, factor)
 
