@@ -22,7 +22,7 @@ from mlo.options import is_count
 from mlo.problem import FIXED_OPTIONS, Problem
 from mlo.random_state import preserved
 from mlo.recording import Recording
-from mlo.reports import ProblemReport, Solves
+from mlo.reports import ProblemReport, summarised
 from mlo.solve_batches import Previews, SolveBatches, with_present_state
 from mlo.solve_start import begin_recording, check_recording, check_start, start_over
 from mlo.stage_function import leaves
@@ -106,7 +106,7 @@ class Engine:
             for root in self.graph.roots:
                 self._solve(self._members[root])
         self.step_count += 1
-        return {n: ProblemReport(n, **notes, solves=Solves(self._solves[n])) for n, notes in self._notes.items()}
+        return {n: ProblemReport(n, **notes, solves=summarised(self._solves[n])) for n, notes in self._notes.items()}
 
     def _solve(self, root: Member) -> None:
         """Let a root take its steps, and before them whatever must be fresh.
@@ -346,13 +346,14 @@ class Engine:
 
     def _refresh_members(self) -> None:
         """Follow what the user has frozen, unfrozen or replaced since the last step."""
-        changed = False
         for member in self._members.values():
             problem = member.problem
             if problem._known is not self.problems:
                 problem._introduce(self.problems)
             if problem._options_set != member.options_seen:
                 self._check_definitions()
+        changed = False
+        for member in self._members.values():
             changed = member.refresh() or changed
         if changed:
             self._check_parameters()
@@ -444,15 +445,15 @@ class _Differentiating:
     moved since.
     """
 
-    __slots__ = ("_cached", "_modes", "_threads")
+    __slots__ = ("_cached", "_grad", "_modes", "_threads")
 
     def __enter__(self) -> None:
-        self._cached = torch.is_autocast_cache_enabled()
+        self._cached, self._grad = torch.is_autocast_cache_enabled(), torch.is_grad_enabled()
         torch.set_autocast_cache_enabled(False)
         torch.clear_autocast_cache()
         # What is so already is left out: to enter it would take longer than to look.
         self._modes: ExitStack | None = None
-        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        if torch.is_inference_mode_enabled() or not self._grad:
             self._modes = ExitStack()
             self._modes.enter_context(torch.inference_mode(False))
             self._modes.enter_context(torch.enable_grad())
@@ -462,6 +463,7 @@ class _Differentiating:
         self._threads.__exit__(*error)
         if self._modes is not None:
             self._modes.close()
+        torch.set_grad_enabled(self._grad)  # a loss that failed may have left another mode
         torch.set_autocast_cache_enabled(self._cached)
 
 

@@ -256,6 +256,9 @@ class _ProblemStage(StageFunction):
         # What draws numbers of its own is found the first time; a loss that is merely curved is so at many steps.
         return self._member.in_doubt.due()
 
+    def repetition_failed(self) -> None:
+        self._member.in_doubt.count = 0  # the next one is due again
+
     def symmetry_check_due(self) -> bool:
         # The first solve is left as cheap as it can be; what trains makes many.
         self._member.directional_solves += 1

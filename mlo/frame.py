@@ -67,9 +67,8 @@ class ModuleSlots:
 
     def put(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Let the module run with `tensors` in the place of its trainable parameters; return what `restore` needs."""
-        before = []
+        before = [places[key] for places, key, _ in self.places]  # all before the first is written to: two may be one
         for places, key, i in self.places:
-            before.append(places[key])
             places[key] = tensors[i]
         if not self._recurrent:
             return [before, ()]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mlo.graph import ProblemGraph
+from mlo.hypergradient import HypergradientMethod
 
 if TYPE_CHECKING:
     from mlo.member import Member
@@ -19,7 +20,7 @@ class Links:
     Attributes:
         method: the hypergradient method of its response.
         is_read: whether the gradient of another problem flows through its response.
-        records: whether its method wants optimizer steps to be recorded.
+        records: whether its method may want optimizer steps to be recorded.
         proxied: those that its loss reads as responses which carry a gradient of the problem.
         constant: the others whose values its loss, or one of these responses, takes.
         responses: the problems whose responses it reads, directly or through others, highest first.
@@ -39,7 +40,7 @@ class Links:
         wanted = {name, *carrying}
         self.method = graph.method(name)
         self.is_read = bool(graph.readers(name))
-        self.records = self.is_read and self.method.recorded_steps(1) > 0
+        self.records = self.is_read and type(self.method).recorded_steps is not HypergradientMethod.recorded_steps
         self.proxied = tuple(members[d] for d in proxied)
         self.constant = tuple(members[d] for d in graph.seen(name) if d not in proxied)
         self.responses = tuple(members[d] for d in reversed(graph.responses(name)))

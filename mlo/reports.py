@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -87,34 +87,9 @@ def _larger(a: float | None, b: float | None) -> float | None:
     return b if a is None or (b is not None and b > a) else a
 
 
-class Solves(Mapping[str, SolveSummary]):
-    """One summary of solves for each path, made when it is first asked for."""
-
-    def __init__(self, reports: Sequence[SolveReport]) -> None:
-        """Keep the reports."""
-        self._reports = reports
-        self._found: dict[str, SolveSummary] | None = None
-
-    def _summaries(self) -> dict[str, SolveSummary]:
-        if self._found is None:
-            by_path: dict[str, list[SolveReport]] = {}
-            for report in self._reports:
-                by_path.setdefault(report.stage, []).append(report)
-            self._found, self._reports = {path: SolveSummary.of(solves) for path, solves in by_path.items()}, ()
-        return self._found
-
-    def __getitem__(self, path: str) -> SolveSummary:
-        """Return the summary of one path."""
-        return self._summaries()[path]
-
-    def __iter__(self) -> Iterator[str]:
-        """Run over the paths."""
-        return iter(self._summaries())
-
-    def __len__(self) -> int:
-        """Return the number of paths."""
-        return len(self._summaries())
-
-    def __repr__(self) -> str:
-        """Return the summaries, as a dict shows them."""
-        return repr(self._summaries())
+def summarised(reports: Sequence[SolveReport]) -> dict[str, SolveSummary]:
+    """Return one summary per path."""
+    by_path: dict[str, list[SolveReport]] = {}
+    for report in reports:
+        by_path.setdefault(report.stage, []).append(report)
+    return {path: SolveSummary.of(solves) for path, solves in by_path.items()}

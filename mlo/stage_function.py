@@ -82,6 +82,9 @@ class StageFunction(ABC):
         """Whether a loss that is very different on both sides of a difference is to be evaluated once more."""
         return True
 
+    def repetition_failed(self) -> None:  # noqa: B027  (most stages have nothing to note)
+        """Take note that it was another function when it was evaluated once more."""
+
     def symmetry_check_due(self) -> bool:
         """Whether it is time to compare ∂²L/∂x∂θ with ∂²L/∂θ∂x (see `warn_of_asymmetry`)."""
         return False

@@ -650,3 +650,97 @@ def test_a_gradient_that_a_method_hands_out_twice_is_the_leaf_s_own():
     mlo.Engine([stage, upper]).step()
     for name in "ab":  # the norm of six ones is √6: each entry becomes √0.1
         torch.testing.assert_close(top[name], torch.full((3,), -(0.1**0.5), dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+# --- what a lean step must not lose ------------------------------------------------------------------------------
+
+
+def test_layers_that_share_one_dictionary_of_parameters_keep_their_parameters():
+    """`copy.copy` of a layer shares it: what is swapped in at one is what the other would find there."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(2, 2, bias=False)
+            self.second = copy.copy(self.first)
+
+    net = Twice()
+    weight = net.first.weight
+    engine = two_levels(
+        lambda p, _: (
+            (p.module.second(p.module.first(torch.ones(2))) - p.deps.top.params["w"]).square().sum()
+            + p.module.first.weight.square().sum()
+        ),
+        lambda p, _: p.deps.low.module.first.weight.square().sum(),
+        low=net,
+        method=mlo.Identity(scale=0.1),
+    )
+    for _ in range(2):
+        engine.step()
+        assert net.first.weight is net.second.weight is weight
+
+
+@pytest.mark.parametrize("base", [mlo.ConjugateGradient, mlo.Identity, mlo.FiniteDifference])
+def test_a_rule_of_one_s_own_keeps_its_results(base):
+    """Its subclass may hand out what it keeps, whatever its parent does with its own results."""
+    kept = []
+
+    class Keeping(base):
+        def pullback(self, *arguments):
+            result = super().pullback(*arguments)
+            kept.append((result[0], result[0].clone()))
+            return result
+
+    class HandingOver(Keeping):
+        hands_over = True
+
+    assert (base.hands_over, Keeping.hands_over, HandingOver.hands_over) == (True, False, True)
+    engine = two_levels(method=Keeping())
+    engine.problems["top"].grad_clip = 1e-3
+    engine.step()
+    assert engine.problems["top"].module.w.grad.norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert torch.equal(*kept[0])
+
+
+def test_definitions_are_checked_before_anything_is_taken_note_of():
+    """Else what was frozen in between would have been noted, and not looked at again."""
+    engine = two_levels(method=mlo.Identity())
+    engine.step()
+    low, top = engine.problems["low"], engine.problems["top"]
+    low.module.w.requires_grad_(False)
+    before, top.hypergradient = top.hypergradient, mlo.Identity()
+    with pytest.raises(mlo.ConfigurationError, match="'top', hypergradient"):
+        engine.step()
+    top.hypergradient = before
+    with pytest.raises(mlo.ConfigurationError, match="'low': expected at least one parameter with requires_grad"):
+        engine.step()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_grad_mode_that_a_failing_loss_leaves_is_undone(enabled):
+    def low_loss(p, _):
+        torch.set_grad_enabled(not torch.is_grad_enabled())
+        raise KeyError
+
+    engine = two_levels(low_loss)
+    with torch.set_grad_enabled(enabled):
+        with pytest.raises(KeyError):
+            engine.step()
+        assert torch.is_grad_enabled() is enabled
+
+
+def test_numbers_drawn_late_are_found_at_every_later_difference():
+    """A difference that was found to be one of two functions makes the next one be looked at as well."""
+    rng, noisy = np.random.default_rng(0), []
+
+    def low_loss(p, _):
+        draw = rng.random() if noisy else 0.5
+        return (p.params["w"] - draw * p.deps.top.params["w"]).square().sum()
+
+    engine = two_levels(low_loss, method=mlo.FiniteDifference(scale=0.5))
+    for _ in range(3):
+        engine.step()
+    noisy.append(True)
+    for _ in range(4):
+        with pytest.raises(mlo.EvaluationError, match="and then"):
+            engine.step()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from dataclasses import dataclass, field
 
 import pytest
@@ -80,20 +78,6 @@ def test_a_training_step_costs_no_more_than_its_hypergradient():
     assert counts == {**{s.name: 2 for s in stages}, "top": 1}  # its own step, and its node
     assert {path: s.solves for path, s in reports["top"].solves.items()} == {f"top/{s.name}": 1 for s in stages}
     assert all(not reports[s.name].solves for s in stages)
-
-
-def test_solves_are_summed_up_as_a_dictionary_is_read():
-    stages, top = zoo.dense(mlo.ConjugateGradient(), length=2)
-    engine = mlo.Engine([*stages, top])
-    solves, again = (engine.step()["top"].solves for _ in range(2))
-    assert list(solves) == ["top/w2", "top/w1"]
-    assert len(solves) == 2
-    assert "top/w1" in solves
-    assert solves.get("w1") is None
-    assert repr(solves) == repr(dict(solves)) != repr(again)
-    assert solves == dict(solves)
-    assert solves["top/w1"] is solves["top/w1"]
-    assert copy.deepcopy(solves) == solves == pickle.loads(pickle.dumps(solves))
 
 
 def test_accumulated_batches_are_solved_for_once():

@@ -94,6 +94,33 @@ def test_products_agree_on_a_network(inverse, product):
     assert expected.norm() > 1e-3
 
 
+def test_a_loss_that_asks_which_parameters_need_a_gradient_is_the_same_for_both_exact_products():
+    """As weight decay commonly does; the penalty then holds part of the mixed product."""
+
+    class Decayed(mlo.Problem):
+        def training_step(self, batch):
+            penalty = self.deps.top.params["x"].exp()
+            (weight,) = (p for p in self.module.parameters() if p.requires_grad)
+            return (
+                (self(batch) - 1).square().mean()
+                + (penalty * self.params["weight"] ** 2).sum()
+                + (penalty * weight**4).sum()
+            )
+
+    class Norm(mlo.Problem):
+        def training_step(self, batch):
+            return (self.deps.low.params["weight"] - 1).square().sum()
+
+    found = []
+    for product in (mlo.DoubleBackward(), mlo.ForwardOverReverse()):
+        torch.manual_seed(0)
+        net, method = nn.Linear(3, 1, bias=False), mlo.ConjugateGradient(product=product)
+        low = Decayed("low", net, data=[torch.randn(8, 3)], depends_on=["top"], hypergradient=method)
+        top = Norm("top", nn.ParameterDict({"x": torch.zeros(3)}), depends_on=["low"])
+        found.append(mlo.Engine([low, top]).hypergradient("top")["x"])
+    assert zoo.relative_error(*found) < 1e-12
+
+
 def test_finite_difference_is_the_identity_with_central_differences():
     a = hypergradient(mlo.FiniteDifference())
     b = hypergradient(mlo.Identity(scale=None, product=mlo.CentralDifferences()))

@@ -1071,6 +1071,32 @@ def test_a_series_that_grows_is_given_up_while_it_is_finite(terms, iterations):
     assert result.iterations == iterations  # 29⁴ < 1e6; it is looked at after every fourth term, and near the end
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(mlo.ConjugateGradient, {"max_steps": 9, "rtol": 1e-6}), (mlo.Neumann, {"terms": 8, "scale": 0.5})],
+)
+def test_cotangents_whose_squares_underflow_in_part_are_solved_for_as_others(method, options):
+    """Their norm is taken after they are brought near length 1: of the squares before only the largest is left."""
+    diagonal = 1 + torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    x = torch.ones(20_000, dtype=torch.float32, requires_grad=True)
+    reports = []
+
+    class Watched(method):
+        def settle(self, stage, report):
+            reports.append(report)
+            super().settle(stage, report)
+
+    c = torch.full((20_000,), 2.6e-23, dtype=torch.float32)
+    c[0] = 4e-23
+    loss = lambda w, x: (diagonal * w * w / 2).sum() - (w * x).sum()
+    w = mlo.best_response(loss, x.detach() / diagonal, x, Watched(**options))
+    torch.autograd.grad(w, x, c, retain_graph=True)
+    torch.autograd.grad(w, x, c * 1e23)
+    small, usual = reports
+    assert (small.status, small.iterations) == (usual.status, usual.iterations)
+    assert small.relative_residual == pytest.approx(usual.relative_residual, rel=0.2)
+
+
 def test_conjugate_gradients_leave_their_arguments_alone():
     """What they begin with, the right-hand side or a kept solution, is not theirs to write to."""
     matrix, rhs, last = zoo.spd(6), torch.randn(6), torch.randn(6) * 0.01

@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -43,6 +43,12 @@ class HypergradientMethod(ABC):
     hands_over: ClassVar[bool] = False
     #: Whether any gradient passes at all.
     carries_gradient: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let a subclass with a rule of its own say for itself whether it hands over its results."""
+        super().__init_subclass__(**kwargs)
+        if "pullback" in cls.__dict__ and "hands_over" not in cls.__dict__:
+            cls.hands_over = False
 
     def __post_init__(self) -> None:
         """Check the options."""

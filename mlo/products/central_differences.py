@@ -151,6 +151,7 @@ def _check_repeatable(stage: StageFunction, value: float, at: Vector, x: Vector)
     # Kernels that add up in no fixed order differ by rounding; another random draw differs by much more.
     tolerance = math.sqrt(torch.finfo(again.dtype).eps) * max(abs(value), abs(again.item()))
     if abs(value - again.item()) > tolerance:
+        stage.repetition_failed()
         raise EvaluationError(
             f"stage {stage.name!r}: {stage.title} is {value} and then {again.item()} for the same parameters, batch "
             "and random state; expected one function for both sides of a central difference. Draw from the global "

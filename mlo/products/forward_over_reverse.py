@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mlo.autodiff import gradients
 from mlo.products.base import Linearisation, Product
-from mlo.products.directional import DirectionalLinearisation, loss_gradients
+from mlo.products.directional import DirectionalLinearisation
 from mlo.stage_function import StageFunction, leaves
 from mlo.vectors import Vector
 
@@ -57,10 +58,12 @@ class _Tangents(DirectionalLinearisation):
         with forward_ad.dual_level(), torch.enable_grad():
             dual = tuple(
                 forward_ad.make_dual(t, d.detach())  # type: ignore[no-untyped-call]
-                for t, d in zip(leaves(self.solution, in_theta), direction, strict=True)
+                for t, d in zip(leaves(self.solution), direction, strict=True)
             )
-            found = loss_gradients(self.stage, dual, leaves(self.inputs, False if in_theta else self.needed))
-            return tuple(_tangent(t) for t in (found.theta if in_theta else found.x))
+            x = leaves(self.inputs, False if in_theta else self.needed)
+            with self.stage.evaluation(dual, x) as evaluate:
+                found = gradients((evaluate(),), dual if in_theta else x)
+                return tuple(_tangent(t) for t in found)
 
 
 def _tangent(gradient: Tensor | None) -> Tensor | None:
