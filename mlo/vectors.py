@@ -16,6 +16,9 @@ from torch import Tensor
 Vector = tuple[Tensor, ...]
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
+# In a shorter vector entries may matter whose squares are below the full range of float32 (1e-38), in a longer one only
+# by the millions.
+_SQUARES_IN_RANGE = 1e-15
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
@@ -39,9 +42,9 @@ def norm(a: Sequence[Tensor]) -> float:
     if not a:
         return 0.0
     found = _norm(a)
-    if 0.0 < found < math.inf:
+    if _SQUARES_IN_RANGE < found < math.inf:
         return found
-    # Squares may have left the range of the dtype: once more with the largest entry at 1.
+    # Squares, or some of them, may have left the range of the dtype: once more with the largest entry at 1.
     largest = max(_numbers([x.abs().max() if x.numel() else x.new_zeros(()) for x in a]))
     if not 0.0 < largest < math.inf:
         return found

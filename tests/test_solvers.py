@@ -1072,6 +1072,26 @@ def test_a_series_that_grows_is_given_up_while_it_is_finite(terms, iterations):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "entry", "count"),
+    [
+        (torch.float32, 2.6e-23, 20_000),  # its square is zero, that of the first entry is not
+        (torch.float32, 1e-20, 20_000),  # a square of few digits
+        (torch.float32, 3e25, 50),
+        (torch.float64, 1e-170, 50),
+        (torch.float64, 1e-16, 50),
+    ],
+)
+def test_a_norm_is_right_where_squares_leave_the_range_of_the_dtype(dtype, entry, count):
+    vector = torch.full((count,), entry, dtype=dtype)
+    vector[0] *= 1.6
+    expected = entry * math.sqrt(count - 1 + 1.6**2)
+    assert norm([vector]) == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 1e-12, abs=0)
+    assert norm([vector[:3], vector[3:]]) == pytest.approx(
+        expected, rel=1e-4 if dtype == torch.float32 else 1e-12, abs=0
+    )
+
+
+@pytest.mark.parametrize(
     ("method", "options"),
     [(mlo.ConjugateGradient, {"max_steps": 9, "rtol": 1e-6}), (mlo.Neumann, {"terms": 8, "scale": 0.5})],
 )
