@@ -30,11 +30,11 @@ class Autocast:
         return _off(tuple(device_types))
 
     def restored(self) -> AbstractContextManager[object]:
-        """Return a context manager that runs a block under these settings; `AS_IT_IS` if they are the present ones."""
+        """Return a context manager that runs a block under these settings."""
         for device_type, dtype in self.settings:
             if dtype is not None or torch.is_autocast_enabled(device_type):
                 return self._entered()
-        return AS_IT_IS
+        return _AS_IT_IS
 
     def _entered(self) -> ExitStack:
         with ExitStack() as stack:
@@ -51,4 +51,4 @@ def _off(device_types: tuple[str, ...]) -> Autocast:
     return Autocast(tuple([(t, None) for t in device_types]))
 
 
-AS_IT_IS = nullcontext()
+_AS_IT_IS = nullcontext()

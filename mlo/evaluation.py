@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mlo.ambient import AS_IT_IS, Autocast
+from mlo.ambient import Autocast
 from mlo.autodiff import gradients
 from mlo.autograd_graph import reject_first_order_operations, reject_reentrant_checkpoints
 from mlo.errors import ConfigurationError, EvaluationError, LossError
@@ -302,8 +302,7 @@ class _StageSpan:
         # What writes to its arguments does so in training too, where every evaluation is checked.
         self._checked = member.in_methods.due()
         self._ambient = self._autocast.restored()
-        if self._ambient is not AS_IT_IS:
-            self._ambient.__enter__()
+        self._ambient.__enter__()
         try:
             nested = evaluation.links[member.name].nested
             if nested:
@@ -313,8 +312,7 @@ class _StageSpan:
             )
             self._binding.__enter__()
         except BaseException as error:
-            if self._ambient is not AS_IT_IS:
-                self._ambient.__exit__(type(error), error, error.__traceback__)
+            self._ambient.__exit__(type(error), error, error.__traceback__)
             raise
         return self._evaluate
 
@@ -324,8 +322,7 @@ class _StageSpan:
         try:
             self._binding.__exit__(kind, error, trace)
         finally:
-            if self._ambient is not AS_IT_IS:
-                self._ambient.__exit__(kind, error, trace)
+            self._ambient.__exit__(kind, error, trace)
 
     def _evaluate(self) -> Tensor:
         member, checked, batches = self._member, self._checked, self._batches

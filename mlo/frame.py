@@ -18,7 +18,7 @@ class Parameters(dict[str, Tensor]):
 
     def __init__(self, problem: str, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Take a copy of the mapping; `problem` is named in errors."""
-        dict.__init__(self, tensors)
+        super().__init__(tensors)
         self._problem = problem
 
     def __missing__(self, name: str) -> NoReturn:
@@ -82,9 +82,8 @@ class ModuleSlots:
         before, weights = kept
         for (places, key, _), tensor in zip(self.places, before, strict=True):
             places[key] = tensor
-        if weights:
-            for part, flat in zip(self._recurrent, weights, strict=True):
-                part._flat_weights = flat
+        for part, flat in zip(self._recurrent, weights, strict=True):
+            part._flat_weights = flat
 
     def copy_buffers(self) -> list[Any]:
         """Let the module run with copies of its buffers; return what `restore_buffers` needs."""

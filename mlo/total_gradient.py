@@ -12,7 +12,7 @@ from mlo.errors import EvaluationError
 from mlo.evaluation import Binding, Evaluation, loss_and_metrics, replayed
 from mlo.losses import unreached, without_graph
 from mlo.member import Member, MicroBatch
-from mlo.random_state import RandomState
+from mlo.random_state import RandomState, preserved
 from mlo.response import pulled_back
 from mlo.reverse_pass import accumulate
 from mlo.stage_function import leaves
@@ -146,15 +146,11 @@ def _sweep(
         devices.update(dict.fromkeys(stage.cuda_devices))
         host = host or stage.host_draws.found
     # Every evaluation of a stage in there replays the draws of its last step.
-    before = RandomState.capture(devices, host=host)
-    try:
-        with torch.no_grad():
-            for stage, sources in links.sweep:
-                given = cotangents.pop(stage.name, None)
-                if given is not None and _any(given):
-                    _pull_back(evaluation, member, values, cotangents, given, stage, sources)
-    finally:
-        before.restore()
+    with torch.no_grad(), preserved(devices, host=host):
+        for stage, sources in links.sweep:
+            given = cotangents.pop(stage.name, None)
+            if given is not None and _any(given):
+                _pull_back(evaluation, member, values, cotangents, given, stage, sources)
     found = cotangents.get(member.name)
     if found is None:
         return

@@ -56,8 +56,7 @@ def _norm(a: Sequence[Tensor]) -> float:
         if x.is_sparse or x.dtype in _LOW_PRECISION:
             a = [(x.coalesce().values() if x.is_sparse else x).float() for x in a]
             break
-    found = torch._foreach_norm(tuple(a))
-    return math.hypot(*(map(Tensor.item, found) if found[0].is_cpu else _numbers(found)))
+    return math.hypot(*_numbers(torch._foreach_norm(tuple(a))))
 
 
 def _numbers(scalars: Sequence[Tensor]) -> Iterable[float]:

@@ -107,9 +107,8 @@ class ImplicitMethod(HypergradientMethod):
         factor = _normalising_factor(size)
         with torch.no_grad(), self.product.linearised(stage, solution, inputs, needed) as linearisation:
             rhs = cotangents if factor == 1.0 else scale(cotangents, factor)
-            # Of squares that have left the range of the dtype the norm may be wrong.
-            known, key = size if factor == 1.0 else None, _warm_start_key(stage)
-            system = LinearSystem(stage, linearisation, solution, rhs, warm_start_key=key, cotangent_norm=known)
+            key = _warm_start_key(stage)
+            system = LinearSystem(stage, linearisation, solution, rhs, warm_start_key=key, cotangent_norm=size * factor)
             adjoint = self.solve_and_settle(stage, system)
             mixed = linearisation.mixed_product(adjoint)
         result = tuple(None if m is None else m * (-1 / factor) for m in mixed)
