@@ -17,6 +17,7 @@ from mlo.evaluation import Evaluation, number
 from mlo.graph import ProblemGraph
 from mlo.links import Links
 from mlo.member import Member, MicroBatch
+from mlo.memory import separate_gradients
 from mlo.optimizer_facts import warn_of_unknown_decay
 from mlo.options import is_count
 from mlo.problem import FIXED_OPTIONS, Problem
@@ -313,6 +314,7 @@ class Engine:
             for m in involved:  # all are drawn before any loss is evaluated
                 previews(m)
             accumulate_total_gradient(evaluation, member, own, [b for b, _ in used], [s for _, s in used])
+        separate_gradients(own)
         return {
             n: torch.zeros_like(p) if t.grad is None else t.grad
             for n, p, t in zip(member.names.trainable, member.trainable, own, strict=True)

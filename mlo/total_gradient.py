@@ -12,6 +12,7 @@ from mlo.errors import EvaluationError
 from mlo.evaluation import Binding, Evaluation, loss_and_metrics, replayed
 from mlo.losses import unreached, without_graph
 from mlo.member import Member, MicroBatch
+from mlo.memory import alone, separate_gradients
 from mlo.random_state import RandomState, preserved
 from mlo.response import pulled_back
 from mlo.reverse_pass import accumulate
@@ -81,8 +82,7 @@ def accumulate_total_gradient(
                 evaluation.reject_bypasses(member, loss, own_parameters=training)
                 if i == 0:
                     _reject_hidden_gradients(member, own, bool(links.proxied))
-            mean = loss if len(batches) == 1 else loss / len(batches)
-            accumulate(mean, inputs)
+            _add_gradients(loss, inputs, len(batches))
             losses.append(loss.item())
             logged.append(metrics)
     cotangents = _arrived(links.proxied, values)
@@ -92,6 +92,15 @@ def accumulate_total_gradient(
     if not _any([t.grad for t in own]):
         raise unreached(member.title, evaluation.graph.why_no_gradient(member.name))
     return TotalGradient(sum(losses) / len(losses), _means(logged), seen, frame.used, reached)
+
+
+def _add_gradients(loss: Tensor, inputs: Sequence[Tensor], batches: int) -> None:
+    """Add the gradient of one of the batches to `.grad` of the inputs, of which the loss is the mean."""
+    if batches == 1:
+        accumulate(loss, inputs)
+    else:
+        accumulate(loss / batches, inputs)
+        separate_gradients(inputs)  # since those of the next batch are added in place
 
 
 def _arrived(proxied: Iterable[Member], values: Mapping[str, Vector]) -> dict[str, list[Tensor | None]]:
@@ -158,7 +167,7 @@ def _sweep(
         if c is None:
             continue
         if leaf.grad is not None:
-            leaf.grad.add_(c)
+            leaf.grad = leaf.grad.add_(c) if alone(leaf.grad) else c + leaf.grad
         else:
             # Optimizers write to it, and a method may hand out one tensor twice, or one whose entries share memory.
             leaf.grad = c if links.hands_over else c.clone()

@@ -12,6 +12,7 @@ from torch import nn
 
 from mlo.errors import LossError
 from mlo.member import Member
+from mlo.memory import separate_gradients
 from mlo.total_gradient import TotalGradient
 from mlo.vectors import norm
 
@@ -98,5 +99,6 @@ def _clipped_norm(member: Member) -> float:
             "reports of the stages below."
         )
     if limit is not None:
+        separate_gradients(parameters)  # which are scaled in place
         nn.utils.clip_grad_norm_(parameters, limit)
     return size

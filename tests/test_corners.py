@@ -702,6 +702,52 @@ def test_a_rule_of_one_s_own_keeps_its_results(base):
     assert torch.equal(*kept[0])
 
 
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_gradients_that_lie_in_one_memory(batches, clip):
+    """What is added to one of them, or scales it, in place would change the other."""
+
+    class Two(nn.Module):
+        def __init__(self, a, b):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.full((4,), a)), nn.Parameter(torch.full((2, 2), b))
+
+    def top_loss(p, batch):
+        one = (p.params["a"][None] + p.params["b"].view(1, 4))[0]
+        low = p.deps.low.params
+        other = (low["a"][None] + low["b"].view(1, 4))[0]
+        return ((one + 10 * other) * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum() * batch
+
+    def low_loss(p, _):
+        own, top = p.params, p.deps.top.params
+        return 0.5 * ((own["a"] - top["a"]).square().sum() + (own["b"] - 2 * top["b"]).square().sum())
+
+    lower = Problem("low", Two(1.0, 2.0), low_loss, depends_on=["top"], hypergradient=mlo.Identity())
+    upper = Problem(
+        "top",
+        Two(1.0, 1.0),
+        top_loss,
+        depends_on=["low"],
+        data=[0.5, 1.0, 1.5] if batches == 3 else [1.0],
+        accumulate=batches,
+        grad_clip=clip,
+    )
+    engine = mlo.Engine([lower, upper])
+    a, b = 11 * torch.arange(1.0, 5.0), 21 * torch.arange(1.0, 5.0).view(2, 2)
+    norm = math.hypot(a.norm().item(), b.norm().item())
+    factor = 1.0 if clip is None else clip / norm
+    for _ in range(3):
+        report = engine.step()["top"]
+        assert report.gradient_norm == pytest.approx(norm, rel=1e-12)
+        assert torch.allclose(upper.module.a.grad, a * factor, rtol=1e-6, atol=0)
+        assert torch.allclose(upper.module.b.grad, b * factor, rtol=1e-6, atol=0)
+        found = engine.hypergradient("top")
+        assert torch.allclose(found["a"], a, rtol=1e-12)
+        assert torch.allclose(found["b"], b, rtol=1e-12)
+        found["a"].zero_()
+        assert torch.allclose(found["b"], b, rtol=1e-12)
+
+
 def test_definitions_are_checked_before_anything_is_taken_note_of():
     """Else what was frozen in between would have been noted, and not looked at again."""
     engine = two_levels(method=mlo.Identity())

@@ -1,0 +1,31 @@
+"""Who else refers to the memory of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+# How many refer to a storage. It is no public name: where it is missing, memory counts as shared.
+_COUNT = getattr(torch._C, "_storage_Use_Count", None)
+# The tensor itself, and the storage object that is made to ask.
+_ALONE = 2
+
+
+def alone(tensor: Tensor) -> bool:
+    """Return whether a tensor can be written to without changing another one.
+
+    Torch's gradients can not always: those in `a` and `b` of `a[None] + b[None]` are views of one tensor, and a second
+    backward pass that adds to both of them in place adds twice.
+    """
+    if _COUNT is None or tensor.is_sparse or type(tensor) is not Tensor:
+        return False
+    return _COUNT(tensor.untyped_storage()._cdata) <= _ALONE  # type: ignore[no-any-return]
+
+
+def separate_gradients(parameters: Iterable[Tensor]) -> None:
+    """Give each `.grad` memory of its own."""
+    for p in parameters:
+        if p.grad is not None and not alone(p.grad):
+            p.grad = p.grad.clone()
