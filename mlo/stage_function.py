@@ -31,6 +31,8 @@ class StageFunction(ABC):
             stationary point is the one of L + Σ ½·decay·‖θᵢ‖².
         signs: −1 for each tensor of θ along which the optimizer maximises the loss, else 1.
         warm_starts: where solvers keep their last solution; `None` where nothing outlives the node.
+        disposable_cotangents: whether nobody needs the cotangents of a pullback after it, so that a method may write to
+            them.
 
     """
 
@@ -40,6 +42,7 @@ class StageFunction(ABC):
     weight_decays: tuple[float, ...]
     signs: tuple[float, ...]
     warm_starts: MutableMapping[str, Vector] | None = None
+    disposable_cotangents = False
     _solved = False
 
     def first_solve(self) -> bool:

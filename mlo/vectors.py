@@ -88,6 +88,17 @@ def add_(a: Vector, b: Vector, factor: float = 1.0) -> Vector:
     return a
 
 
+def scale_and_add_(a: Vector, factor: float, b: Sequence[Tensor]) -> Vector:
+    """Replace a by `factor`·a + b in place, and return it."""
+    if a[0].is_cpu:
+        for x, y in zip(a, b, strict=True):  # goes through the memory once
+            torch.add(y, x, alpha=factor, out=x)
+    else:
+        torch._foreach_mul_(a, factor)
+        torch._foreach_add_(a, list(b))
+    return a
+
+
 def scale_(a: Vector, factor: float) -> Vector:
     """Multiply a by a number in place, and return it."""
     torch._foreach_mul_(a, factor)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import mlo
+from mlo.bench.measure.memory import peak_bytes
 
 METHODS = [
     mlo.ConjugateGradient(),
@@ -700,6 +701,56 @@ def test_a_rule_of_one_s_own_keeps_its_results(base):
     engine.step()
     assert engine.problems["top"].module.w.grad.norm().item() == pytest.approx(1e-3, rel=1e-3)
     assert torch.equal(*kept[0])
+
+
+def test_shifted_weights_take_the_memory_of_cotangents_that_nobody_keeps():
+    class Keeping(mlo.FiniteDifference):
+        def pullback(self, *arguments):  # may keep what it is given, for all that is known
+            return super().pullback(*arguments)
+
+    def built(method):
+        low, top = Holder(*[0.0] * 10_000), Holder(0.5)
+        engine = two_levels(low=low, top=top, method=method)
+        engine.run(3)  # the symmetry of the derivatives is looked at once
+        return engine
+
+    copy_of_weights = 8 * 10_000
+    engines = [built(kind(scale=0.5, epsilon=0.1)) for kind in (mlo.FiniteDifference, Keeping)]
+    lean, kept = (peak_bytes(lambda e=e: e.hypergradient("top"), torch.device("cpu")) for e in engines)
+    assert kept - lean == copy_of_weights
+    for engine in engines:
+        c = engine.problems["low"].module.w.detach()  # the cotangent; ∂²L/∂x∂w = −1 for each weight
+        assert engine.hypergradient("top")["w"].item() == pytest.approx(0.5 * c.sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda a, b: torch.stack([a, b.view(4)]).sum(0),
+        lambda a, b: (a[None] + b.view(1, 4))[0],
+        lambda a, b: torch.cat([a, b.view(4)]).view(2, 4).sum(0),
+    ],
+)
+def test_cotangents_that_lie_in_one_memory(join):
+    """Torch hands out one memory twice here: to overwrite the first would change the second."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(4)), nn.Parameter(2 * torch.ones(2, 2))
+
+    def top_loss(p, _):
+        low = p.deps.low.params
+        return (join(low["a"], low["b"]) * torch.arange(1.0, 5.0)).sum()
+
+    def low_loss(p, _):
+        s, t = p.deps.top.params["w"]
+        return s * p.params["a"].square().sum() + t * p.params["b"].pow(3).sum()
+
+    engine = two_levels(low_loss, top_loss, low=Two(), method=mlo.FiniteDifference(scale=0.5, epsilon=1e-4))
+    for _ in range(3):  # the second one is looked at more closely
+        # c = (1, 2, 3, 4) for both: −½ (Σ 2 a c, Σ 3 b² c)
+        assert engine.hypergradient("top")["w"].tolist() == pytest.approx([-10.0, -60.0], rel=1e-6)
 
 
 @pytest.mark.parametrize("batches", [1, 3])

@@ -51,8 +51,10 @@ class FiniteDifference(HypergradientMethod):
             on the stage (which would have to be shifted too), or a stage above needs this method's derivative:
             then use `ConjugateGradient`, `Neumann` or `Identity`.
 
-    Cost: no Hessian–vector product; two forward and two reverse passes, one shifted copy of the stage's parameters at a
-    time, no second-order graph. It reports no gradient norm of the stage: its two gradients are in x alone.
+    Cost: no Hessian–vector product; two forward and two reverse passes, no second-order graph. The shifted parameters
+    take the memory of the cotangents where nothing else can refer to it (in an engine, unless a method of one's own
+    keeps them); else there is one copy of the stage's parameters at a time. It reports no gradient norm of the stage:
+    its two gradients are in x alone.
 
     Source: Liu, Simonyan and Yang, "DARTS: differentiable architecture search", ICLR 2019, section 2.3.
 
@@ -121,12 +123,16 @@ class FiniteDifference(HypergradientMethod):
         shift = self.epsilon or shift_length(solution)
         x = leaves(inputs, needed)
 
+        check = stage.symmetry_check_due() and size != 0
+
         def difference(way: float, factor: float) -> tuple[Tensor | None, ...]:
-            scaled = factor * length / (2 * way)
-            return central_difference(stage, solution, direction, way / length, x, scaled, in_theta=False)
+            scaled, disposable = factor * length / (2 * way), stage.disposable_cotangents and not check
+            return central_difference(
+                stage, solution, direction, way / length, x, scaled, in_theta=False, disposable=disposable
+            )
 
         result = difference(shift, -size)
-        if stage.symmetry_check_due() and size != 0:
+        if check:
             change = tuple(None if r is None else r / -size for r in result)
             warn_of_asymmetry(
                 stage, tuple(solution), tuple(inputs), direction, change, lambda: difference(NEARER * shift, 1.0)

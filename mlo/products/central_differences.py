@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mlo.autodiff import gradients
 from mlo.errors import ConfigurationError, EvaluationError
+from mlo.memory import alone
 from mlo.options import is_number
 from mlo.products.base import Linearisation, Product
 from mlo.products.directional import NEARER, DirectionalLinearisation, shift_length
 from mlo.stage_function import StageFunction, leaves
-from mlo.vectors import Vector, add, norm, scale_, subtract
+from mlo.vectors import Vector, add, norm, scale_, scale_and_add_, subtract
 
 # The two sides are looked at more closely where they differ by this share of the loss: a shift changes it by less.
 _SUSPICIOUS = 0.01
@@ -120,28 +121,48 @@ def central_difference(
     factor: float,
     *,
     in_theta: bool,
+    disposable: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return [∇L(θ + shift·direction, x) − ∇L(θ − shift·direction, x)]·factor, the gradients those in θ or in x.
+
+    The shifted θ take the memory of a direction that is `disposable`.
 
     Raises:
         EvaluationError: the loss is another function on each side.
 
     """
-    shifted = add(solution, direction, shift)
+    if disposable and _fits(direction, solution):
+        shifted = scale_and_add_(tuple(direction), shift, solution)
+    else:
+        shifted = add(solution, direction, shift)
     theta = leaves(shifted) if in_theta else shifted
     at = theta if in_theta else x
     with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
         loss = evaluate()
         there, ahead = loss.item(), gradients((loss,), at)
-        # The second side takes the place of the first: allocating memory anew takes several times as long as filling
-        # it. By .data, since it is not the loss that writes here, and the graph of the first side is gone.
-        for place, centre, d in zip(shifted, solution, direction, strict=True):
-            torch.add(centre.detach(), d.detach(), alpha=-shift, out=place.data)
+        _reflect(shifted, solution)
         loss = evaluate()
         back, behind = loss.item(), gradients((loss,), at)
     if abs(there - back) > _SUSPICIOUS * max(abs(there), abs(back)) and stage.repetition_check_due():
-        _check_repeatable(stage, there, add(solution, direction, shift), x)
+        _check_repeatable(stage, back, shifted, x)
     return differences(ahead, behind, factor)
+
+
+def _fits(direction: Sequence[Tensor], solution: Sequence[Tensor]) -> bool:
+    """Whether the shifted θ can be written over a direction: laid out in the same way, in memory of its own."""
+    for d, t in zip(direction, solution, strict=True):  # noqa: SIM110  (a generator takes longer)
+        if not alone(d) or d.stride() != t.stride():
+            return False
+    return True
+
+
+def _reflect(shifted: Vector, centre: Sequence[Tensor]) -> None:
+    """Replace θ + d by θ − d in its place: allocating memory anew takes several times as long as filling it.
+
+    Past autograd, whose graph of the first side is gone, and past the count of writes: it is not the loss that writes.
+    """
+    with torch.no_grad():
+        torch._foreach_lerp_([t.data for t in shifted], tuple(centre), 2.0)
 
 
 def _check_repeatable(stage: StageFunction, value: float, at: Vector, x: Vector) -> None:
