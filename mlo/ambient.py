@@ -52,3 +52,34 @@ def _off(device_types: tuple[str, ...]) -> Autocast:
 
 
 _AS_IT_IS = nullcontext()
+
+
+class Differentiating:
+    """Gradients on, whatever the caller's mode; backward passes on one thread, since bindings are shared by all.
+
+    A cache of autocast is off: in a region around several steps it would hand out casts of parameters that have
+    moved since.
+    """
+
+    __slots__ = ("_cached", "_grad", "_modes", "_threads")
+
+    def __enter__(self) -> None:
+        """Set all three, and note what they were."""
+        self._cached, self._grad = torch.is_autocast_cache_enabled(), torch.is_grad_enabled()
+        torch.set_autocast_cache_enabled(False)
+        torch.clear_autocast_cache()
+        # What is so already is left out: to enter it would take longer than to look.
+        self._modes: ExitStack | None = None
+        if torch.is_inference_mode_enabled() or not self._grad:
+            self._modes = ExitStack()
+            self._modes.enter_context(torch.inference_mode(False))
+            self._modes.enter_context(torch.enable_grad())
+        self._threads = torch.autograd.set_multithreading_enabled(False)
+
+    def __exit__(self, *error: object) -> None:
+        """Set them as they were."""
+        self._threads.__exit__(*error)
+        if self._modes is not None:
+            self._modes.close()
+        torch.set_grad_enabled(self._grad)  # a loss that failed may have left another mode
+        torch.set_autocast_cache_enabled(self._cached)

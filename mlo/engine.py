@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlo.ambient import Differentiating
 from mlo.errors import BreakdownError, ConfigurationError, GraphError, MloWarning, UnusedDependencyWarning
 from mlo.evaluation import Evaluation, number
 from mlo.graph import ProblemGraph
@@ -23,12 +23,13 @@ from mlo.options import is_count
 from mlo.problem import FIXED_OPTIONS, Problem
 from mlo.random_state import preserved
 from mlo.recording import Recording
-from mlo.reports import ProblemReport, summarised
+from mlo.reports import ProblemReport, SolveSummaries
 from mlo.solve_batches import Previews, SolveBatches, with_present_state
 from mlo.solve_start import begin_recording, check_recording, check_start, start_over
 from mlo.stage_function import leaves
 from mlo.status import SolveReport
 from mlo.total_gradient import TotalGradient, accumulate_total_gradient
+from mlo.training_modes import TrainingModesKept
 from mlo.update import step_scheduler, take_step
 from mlo.vectors import Vector
 
@@ -68,7 +69,7 @@ class Engine:
         self._definitions = {(p.name, option): getattr(p, option) for p in given for option in FIXED_OPTIONS}
         self._members = {p.name: Member(p) for p in given}
         for name, member in self._members.items():
-            member.seen = {q: self._members[q] for q in (name, *self.graph.direct(name))}
+            member.see({q: self._members[q] for q in (name, *self.graph.direct(name))})
         self._links = {name: Links(self.graph, self._members, name) for name in self.graph.names}
         self._warm_starts: dict[str, Vector] = {}
         self._notes: dict[str, dict[str, Any]] = {}
@@ -103,11 +104,12 @@ class Engine:
         for name, member in self._members.items():
             member.fresh = False
             self._notes[name], self._solves[name] = {}, []
-        with _Differentiating():
+        with Differentiating():
             for root in self.graph.roots:
                 self._solve(self._members[root])
         self.step_count += 1
-        return {n: ProblemReport(n, **notes, solves=summarised(self._solves[n])) for n, notes in self._notes.items()}
+        solves = {name: SolveSummaries(found) for name, found in self._solves.items()}
+        return {n: ProblemReport(n, **notes, solves=solves[n]) for n, notes in self._notes.items()}
 
     def _solve(self, root: Member) -> None:
         """Let a root take its steps, and before them whatever must be fresh.
@@ -263,15 +265,8 @@ class Engine:
                 scheduler.step(metrics["loss"])
         return found
 
-    @contextmanager
-    def _training_modes_kept(self) -> Iterator[None]:
-        parts = [part for p in self.problems.values() for part in p.module.modules()]
-        modes = [part.training for part in parts]
-        try:
-            yield
-        finally:
-            for part, mode in zip(parts, modes, strict=True):
-                part.training = mode
+    def _training_modes_kept(self) -> TrainingModesKept:
+        return TrainingModesKept([p.module for p in self.problems.values()])
 
     # --- the hypergradient -------------------------------------------------------------------------------------
 
@@ -303,11 +298,14 @@ class Engine:
             )
         self._refresh_members()
         member = self._members[name]
-        involved = [self._members[d] for d in (*self.graph.responses(name), *self.graph.direct(name), name)]
-        devices = dict.fromkeys(d for m in involved for d in m.devices)
+        involved = dict.fromkeys((*self._links[name].responses, *member.seen.values()))
+        devices: dict[torch.device, None] = {}
+        may_draw = False
+        for m in involved:
+            devices.update(dict.fromkeys(m.cuda_devices))
+            may_draw = may_draw or m.host_draws.possible
         own = leaves(member.trainable)
-        may_draw = any(m.host_draws.possible for m in involved)
-        with preserved(devices, whole=may_draw) as state, self._training_modes_kept(), _Differentiating():
+        with preserved(devices, whole=may_draw) as state, self._training_modes_kept(), Differentiating():
             previews = Previews(member, state)
             evaluation = self._evaluation(previews, dict(self._warm_starts), [])
             used = previews(member)
@@ -358,6 +356,8 @@ class Engine:
         for member in self._members.values():
             changed = member.refresh() or changed
         if changed:
+            for member in self._members.values():
+                member.see(member.seen)
             self._check_parameters()
 
     def _check_parameters(self) -> None:
@@ -438,35 +438,6 @@ class Engine:
                 MloWarning,
                 stacklevel=3,
             )
-
-
-class _Differentiating:
-    """Gradients on, whatever the caller's mode; backward passes on one thread, since bindings are shared by all.
-
-    A cache of autocast is off: in a region around several steps it would hand out casts of parameters that have
-    moved since.
-    """
-
-    __slots__ = ("_cached", "_grad", "_modes", "_threads")
-
-    def __enter__(self) -> None:
-        self._cached, self._grad = torch.is_autocast_cache_enabled(), torch.is_grad_enabled()
-        torch.set_autocast_cache_enabled(False)
-        torch.clear_autocast_cache()
-        # What is so already is left out: to enter it would take longer than to look.
-        self._modes: ExitStack | None = None
-        if torch.is_inference_mode_enabled() or not self._grad:
-            self._modes = ExitStack()
-            self._modes.enter_context(torch.inference_mode(False))
-            self._modes.enter_context(torch.enable_grad())
-        self._threads = torch.autograd.set_multithreading_enabled(False)
-
-    def __exit__(self, *error: object) -> None:
-        self._threads.__exit__(*error)
-        if self._modes is not None:
-            self._modes.close()
-        torch.set_grad_enabled(self._grad)  # a loss that failed may have left another mode
-        torch.set_autocast_cache_enabled(self._cached)
 
 
 def _checked_problems(problems: Iterable[Problem]) -> list[Problem]:

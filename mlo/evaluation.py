@@ -48,6 +48,7 @@ class Binding:
         "_checked",
         "_member",
         "_own",
+        "_slots",
         "_spare",
         "_spared",
         "_swapped",
@@ -71,26 +72,24 @@ class Binding:
 
     def __enter__(self) -> Frame:
         """Swap the tensors in."""
-        member, values, spare = self._member, self._values, self._spare
+        member, values = self._member, self._values
         place, seen = member.problem.__dict__, member.seen
-        own = member if self._own else None
+        tensors: list[Tensor] = []
+        for name in seen:
+            tensors += values[name]
+        self._before = place.get("_frame")
+        self._slots = member.slots_read if self._own else member.slots_seen
+        self._swapped = self._slots.put(tensors)
+        self._spared: list[tuple[ModuleSlots, list[Any]]] = []
+        if self._spare:
+            for m in seen.values():
+                if m.slots.has_buffers:
+                    self._spared.append((m.slots, m.slots.copy_buffers()))
         if self._checked:
-            watched: list[Tensor] = []
-            for name in seen:
-                watched += values[name]
             for m in seen.values():
                 if m.names.constant:
-                    watched += m.names.constant.values()
-            self._watched, self._versions = watched, [t._version for t in watched]
-        self._before = place.get("_frame")
-        self._swapped: list[tuple[ModuleSlots, list[Any]]] = []
-        self._spared: list[tuple[ModuleSlots, list[Any]]] = []
-        for name, m in seen.items():
-            slots = m.slots
-            if m is not own:
-                self._swapped.append((slots, slots.put(values[name])))
-            if spare and slots.has_buffers:
-                self._spared.append((slots, slots.copy_buffers()))
+                    tensors += m.names.constant.values()
+            self._watched, self._versions = tensors, [t._version for t in tensors]
         frame = place["_frame"] = Frame(values, seen)  # past the checks of options, at every evaluation
         return frame
 
@@ -111,8 +110,7 @@ class Binding:
         self._member.problem.__dict__["_frame"] = self._before
         if self._spared:
             self._restore_buffers()
-        for slots, kept in reversed(self._swapped):
-            slots.restore(kept)
+        self._slots.restore(self._swapped)
         if kind is None and self._checked and self._versions != [t._version for t in self._watched]:
             self._raise_for_in_place()
 

@@ -41,11 +41,9 @@ class Parameters(dict[str, Tensor]):
 class ModuleSlots:
     """Where a module keeps its trainable parameters and its buffers.
 
-    Swapping the entries of these places for the span of an evaluation covers everything that runs the
-    module: calls of the whole, of a submodule, of a method, and the second forward pass of activation
-    checkpointing. A tied parameter has several places.
-
     Attributes:
+        places: the dicts and keys of the trainable parameters, each with its number; a tied one has several.
+        recurrent: the parts that keep a second list of their weights beside the registered ones.
         has_buffers: whether there are any buffers.
 
     """
@@ -62,28 +60,7 @@ class ModuleSlots:
         ]
         self._buffers: list[dict[str, Any]] = [part._buffers for part in parts if part._buffers]
         self.has_buffers = bool(self._buffers)
-        # Recurrent layers keep a second list of their weights beside the registered ones.
-        self._recurrent = [part for part in parts if isinstance(part, nn.RNNBase)]
-
-    def put(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """Let the module run with `tensors` in the place of its trainable parameters; return what `restore` needs."""
-        before = [places[key] for places, key, _ in self.places]  # all before the first is written to: two may be one
-        for places, key, i in self.places:
-            places[key] = tensors[i]
-        if not self._recurrent:
-            return [before, ()]
-        weights = [part._flat_weights for part in self._recurrent]
-        for part in self._recurrent:
-            part._flat_weights = [getattr(part, key) for key in part._flat_weights_names]
-        return [before, weights]
-
-    def restore(self, kept: list[Any]) -> None:
-        """Undo `put`."""
-        before, weights = kept
-        for (places, key, _), tensor in zip(self.places, before, strict=True):
-            places[key] = tensor
-        for part, flat in zip(self._recurrent, weights, strict=True):
-            part._flat_weights = flat
+        self.recurrent = [part for part in parts if isinstance(part, nn.RNNBase)]
 
     def copy_buffers(self) -> list[Any]:
         """Let the module run with copies of its buffers; return what `restore_buffers` needs."""
@@ -99,6 +76,43 @@ class ModuleSlots:
         for places, buffers in zip(self._buffers, kept, strict=True):
             places.clear()
             places.update(buffers)
+
+
+class ParameterSlots:
+    """The places of the trainable parameters of several modules, which are swapped at once.
+
+    Swapping the entries of these places for the span of an evaluation covers everything that runs a
+    module: calls of the whole, of a submodule, of a method, and the second forward pass of activation
+    checkpointing.
+    """
+
+    __slots__ = ("_places", "_recurrent")
+
+    def __init__(self, modules: Iterable[tuple[ModuleSlots, int]]) -> None:
+        """Join the places of modules, whose parameters are counted from the number that is given with each."""
+        given = list(modules)
+        self._places = [(places, key, first + i) for slots, first in given for places, key, i in slots.places]
+        self._recurrent = [part for slots, _ in given for part in slots.recurrent]
+
+    def put(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Any]]:
+        """Let the modules run with `tensors` in the place of their parameters; return what `restore` needs."""
+        before = [places[key] for places, key, _ in self._places]  # all before one is written to: two may be the same
+        for places, key, i in self._places:
+            places[key] = tensors[i]
+        if not self._recurrent:
+            return before, []
+        weights = [part._flat_weights for part in self._recurrent]
+        for part in self._recurrent:
+            part._flat_weights = [getattr(part, key) for key in part._flat_weights_names]
+        return before, weights
+
+    def restore(self, kept: tuple[list[Tensor], list[Any]]) -> None:
+        """Undo `put`."""
+        before, weights = kept
+        for (places, key, _), tensor in zip(self._places, before, strict=True):
+            places[key] = tensor
+        for part, flat in zip(self._recurrent, weights, strict=True):
+            part._flat_weights = flat
 
 
 class Named(Protocol):

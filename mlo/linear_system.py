@@ -21,6 +21,7 @@ class LinearSystem:
         name: the stage's name.
         products: how many Hessian–vector products have been formed.
         gradient: g at the solution; `None` for parameters that the loss does not reach.
+        rhs: the right-hand side c.
 
     """
 
@@ -40,22 +41,17 @@ class LinearSystem:
         self.products = 0
         self.gradient = linearisation.gradient
         self._stage, self._linearisation, self._solution = stage, linearisation, tuple(solution)
-        self._cotangents, self._cotangent_norm = tuple(cotangents), cotangent_norm
+        self.rhs = linearisation.taking_part(cotangents)
+        self._rhs_norm = cotangent_norm if len(self.rhs) == len(cotangents) else None
         self._transposed = transposed
         self._warm_start_key = warm_start_key
 
     @property
-    def rhs(self) -> Vector:
-        """The right-hand side c."""
-        return self._linearisation.taking_part(self._cotangents)
-
-    @property
     def rhs_norm(self) -> float:
         """The Euclidean norm ‖c‖ of the right-hand side."""
-        rhs = self.rhs
-        if self._cotangent_norm is not None and len(rhs) == len(self._cotangents):
-            return self._cotangent_norm
-        return norm(rhs)
+        if self._rhs_norm is None:
+            self._rhs_norm = norm(self.rhs)
+        return self._rhs_norm
 
     @property
     def learning_rates(self) -> tuple[float, ...] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mlo.data_feed import DataFeed
-from mlo.frame import ModuleSlots, ParameterNames
+from mlo.frame import ModuleSlots, ParameterNames, ParameterSlots
 from mlo.optimizer_facts import OptimizerFacts
 from mlo.problem import Problem
 from mlo.random_state import HostDraws, RandomState
@@ -43,6 +43,8 @@ class Member:
             holds), and the others.
         trainable: the trainable parameters themselves.
         slots: their places in the module.
+        slots_seen: those of all problems in `seen`.
+        slots_read: those of all but the problem itself.
         facts: what the optimizer says about them.
         held: all parameters that the optimizer holds, those outside of `trainable` too.
         devices: the devices of the parameters.
@@ -62,7 +64,7 @@ class Member:
         options_seen: how often its fixed options had been set when they were last compared with the engine's.
         host_draws: whether its loss draws from Python's or NumPy's generator.
         title: how errors name its loss.
-        seen: the problem itself and those that its loss reads, by name, in the order of the graph.
+        seen: the problem itself, and then those that its loss reads, by name, in the order of the graph.
 
     """
 
@@ -80,8 +82,17 @@ class Member:
         self.options_seen = problem._options_set
         self.host_draws = HostDraws()
         self.title = f"problem {problem.name!r}: training_step"
-        self.seen: Mapping[str, Member] = {self.name: self}
         self._find_parameters()
+        self.see({self.name: self})
+
+    def see(self, seen: Mapping[str, Member]) -> None:
+        """Take note of what the loss sees, or of the places of the same problems once they were found anew."""
+        self.seen = seen
+        placed, count = [], 0
+        for m in seen.values():
+            placed.append((m.slots, count))
+            count += len(m.trainable)
+        self.slots_seen, self.slots_read = ParameterSlots(placed), ParameterSlots(placed[1:])
 
     @property
     def solve_feed(self) -> DataFeed | None:

@@ -107,9 +107,12 @@ class StageFunction(ABC):
 
     def stationarity(self, gradients: Sequence[Tensor | None], solution: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Return g for gradients of the loss itself, as the optimizer sees them: with its sign and its L2 decay."""
+        decays, signs = self.weight_decays, self.signs
+        if not any(decays) and signs.count(1.0) == len(signs):
+            return tuple(gradients)
         return tuple(
             None if g is None else _stationarity(g, theta, decay, sign)
-            for g, theta, decay, sign in zip(gradients, solution, self.weight_decays, self.signs, strict=True)
+            for g, theta, decay, sign in zip(gradients, solution, decays, signs, strict=True)
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mlo.errors import EvaluationError
 from mlo.evaluation import Binding, Evaluation, loss_and_metrics, replayed
+from mlo.links import Links
 from mlo.losses import unreached, without_graph
 from mlo.member import Member, MicroBatch
 from mlo.memory import alone, separate_gradients
@@ -88,7 +90,9 @@ def accumulate_total_gradient(
     cotangents = _arrived(links.proxied, values)
     reached = tuple(cotangents)
     if cotangents:
-        _sweep(evaluation, member, values, cotangents, own)
+        # Outside of training the caller has taken care of the generators.
+        with _draws_preserved(links) if training else nullcontext():
+            _sweep(evaluation, member, values, cotangents, own)
     if not _any([t.grad for t in own]):
         raise unreached(member.title, evaluation.graph.why_no_gradient(member.name))
     return TotalGradient(sum(losses) / len(losses), _means(logged), seen, frame.used, reached)
@@ -149,13 +153,7 @@ def _sweep(
     so that no node need be made.
     """
     links = evaluation.links[member.name]
-    devices: dict[torch.device, None] = {}
-    host = False
-    for stage in links.responses:
-        devices.update(dict.fromkeys(stage.cuda_devices))
-        host = host or stage.host_draws.found
-    # Every evaluation of a stage in there replays the draws of its last step.
-    with torch.no_grad(), preserved(devices, host=host):
+    with torch.no_grad():
         for stage, sources in links.sweep:
             given = cotangents.pop(stage.name, None)
             if given is not None and _any(given):
@@ -171,6 +169,16 @@ def _sweep(
         else:
             # Optimizers write to it, and a method may hand out one tensor twice, or one whose entries share memory.
             leaf.grad = c if links.hands_over else c.clone()
+
+
+def _draws_preserved(links: Links) -> preserved:
+    """Leave the generators as they were over a sweep, in which each stage replays the draws of its last step."""
+    devices: dict[torch.device, None] = {}
+    host = False
+    for stage in links.responses:
+        devices.update(dict.fromkeys(stage.cuda_devices))
+        host = host or stage.host_draws.found
+    return preserved(devices, host=host)
 
 
 def _pull_back(

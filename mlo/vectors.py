@@ -24,7 +24,7 @@ _SQUARES_IN_RANGE = 1e-15
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Return Σ aᵢ·bᵢ over all entries of all tensors."""
     if len(a) == 1:
-        return float(_dot(a[0], b[0]).item())
+        return _dot(a[0], b[0]).item()
     return math.fsum(_numbers([_dot(x, y) for x, y in zip(a, b, strict=True)]))
 
 

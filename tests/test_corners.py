@@ -799,6 +799,50 @@ def test_gradients_that_lie_in_one_memory(batches, clip):
         assert torch.allclose(found["b"], b, rtol=1e-12)
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_the_cotangents_of_a_caller_are_left_as_they_are(method):
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    w = mlo.best_response(lambda w, x: (w - x).square().sum(), x.detach().clone(), x, method)
+    cotangent = torch.tensor([3.0, -4.0])
+    (found,) = torch.autograd.grad(w, x, cotangent)
+    assert cotangent.tolist() == [3.0, -4.0]
+    assert found.tolist() == pytest.approx([3.0, -4.0], rel=1e-6)
+
+
+def test_training_modes_of_parts_that_were_replaced_are_restored():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Sequential(nn.ReLU()))
+    engine = two_levels(
+        lambda p, _: (p(torch.ones(2)) - p.deps.top.params["w"]).square().sum(),
+        lambda p, _: p.deps.low(torch.ones(2)).square().sum(),
+        low=net,
+        method=mlo.Identity(scale=0.1),
+    )
+    engine.step()
+    net[1], net[2][0] = nn.Identity(), nn.Dropout()
+    net[0].eval()
+    modes = [part.training for part in net.modules()]
+    assert modes.count(True) == 4
+    engine.validate()
+    assert [part.training for part in net.modules()] == modes
+
+
+def test_summaries_of_solves_are_a_mapping():
+    engine = two_levels(method=mlo.ConjugateGradient())
+    reports = engine.step()
+    solves = reports["top"].solves
+    assert list(solves) == ["top/low"]
+    assert solves == {"top/low": solves["top/low"]} == dict(solves)
+    assert repr(solves) == repr(dict(solves))
+    assert reports["low"].solves == {}
+    assert not reports["low"].solves
+    for copied in (pickle.loads(pickle.dumps(reports)), copy.deepcopy(reports)):
+        assert copied == reports
+    with pytest.raises(KeyError):
+        solves["top"]
+    engine.step()  # the report of one step stays what it is
+    assert len(solves) == solves["top/low"].solves == 1
+
+
 def test_definitions_are_checked_before_anything_is_taken_note_of():
     """Else what was frozen in between would have been noted, and not looked at again."""
     engine = two_levels(method=mlo.Identity())

@@ -557,7 +557,7 @@ def test_plain_conjugate_gradients_bit_for_bit():
         x = torch.add(x, p, alpha=alpha)
         r = torch.add(r, ap, alpha=-alpha)
         rr, previous = (r @ r).item(), rr
-        p = p * (rr / previous) + r
+        p = torch.add(r, p, alpha=rr / previous)
     result = solved(CG(max_steps=9), matrix, rhs)
     assert torch.equal(result.vector, x)
     assert result.residual == math.sqrt(rr) / rhs.norm().item()

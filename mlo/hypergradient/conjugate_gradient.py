@@ -12,7 +12,7 @@ from mlo.hypergradient.nystrom import ApproximateInverse, Nystrom
 from mlo.linear_system import LinearSystem
 from mlo.options import is_count, is_number
 from mlo.status import Status
-from mlo.vectors import Vector, add, add_, dot, norm, rounding_unit, scale, scale_, subtract, zeros_like
+from mlo.vectors import Vector, add, add_, dot, norm, rounding_unit, scale, scale_and_add_, subtract, zeros_like
 
 # A direction counts as one of no curvature below this many rounding units of the largest curvature met: at a
 # singular Hessian such directions were measured at 1 rounding unit and below, in float32 and float64.
@@ -81,8 +81,8 @@ class KrylovMethod(ImplicitMethod):
         if not math.isfinite(size):
             return Solution(system.rhs, Status.NON_FINITE, 0, size)
         tolerance = self._tolerance(system.rhs, size)
-        adjoint, residual = self._start(system, size)
-        error, steps = norm(residual), 0
+        adjoint, residual, error = self._start(system, size)
+        steps = 0
         while error > tolerance:
             done = cycle(residual, error, tolerance, self.max_steps - steps)
             steps += done.steps
@@ -101,14 +101,18 @@ class KrylovMethod(ImplicitMethod):
         """Return the length of the residual at which to stop, for a right-hand side of length `size`."""
         return max(size * (max(self.rtol, rounding_unit(rhs)) if self.rtol else 0.0), self.atol)
 
-    def _start(self, system: LinearSystem, size: float) -> tuple[Vector, Vector]:
-        """Return the first λ, the kept solution where it is better than zero, and its residual, in new memory."""
+    def _start(self, system: LinearSystem, size: float) -> tuple[Vector, Vector, float]:
+        """Return the first λ, the kept solution where it is better than zero, and its residual, in new memory.
+
+        The number is the residual's length.
+        """
         kept = system.last_solution if self.warm_start else None
         if kept is not None:
             residual = self._residual(system, kept)
-            if norm(residual) < size:
-                return scale(kept, 1.0), residual
-        return zeros_like(system.rhs), scale(system.rhs, 1.0)
+            length = norm(residual)
+            if length < size:
+                return scale(kept, 1.0), residual, length
+        return zeros_like(system.rhs), scale(system.rhs, 1.0), size
 
     def _residual(self, system: LinearSystem, adjoint: Vector) -> Vector:
         """Return c − (H + damping·I)λ, at the cost of a product."""
@@ -188,7 +192,7 @@ class ConjugateGradient(KrylovMethod):
         tolerance = self._tolerance(system.rhs, size)
         # All are this method's own, and written to: they are as large as the stage, and memory that is allocated anew
         # takes longer to fill.
-        adjoint, residual = self._start(system, size)
+        adjoint, residual, _ = self._start(system, size)
         error = dot(residual, residual)
         inverse = self._inverse(system, needed=math.sqrt(error) > tolerance)
         direction: Vector = ()
@@ -203,7 +207,7 @@ class ConjugateGradient(KrylovMethod):
                 break
             improved, slope = _preconditioned(inverse, residual, error)
             growth = slope / previous if step else 0.0
-            direction = add_(scale_(direction, growth), improved) if step else scale(improved, 1.0)
+            direction = scale_and_add_(direction, growth, improved) if step else scale(improved, 1.0)
             # r is orthogonal to the direction before, z is not.
             squared = error + growth**2 * squared if inverse is None else dot(direction, direction)
             curved = self._damped_product(system, direction)

@@ -11,6 +11,9 @@ from mlo.linear_system import LinearSystem
 from mlo.status import Status
 from mlo.vectors import norm, scale
 
+# Below this a vector's length is in the range of every dtype.
+_IN_RANGE = 1e4
+
 
 @dataclass(frozen=True)
 class Identity(ImplicitMethod):
@@ -58,6 +61,10 @@ class Identity(ImplicitMethod):
 
     def solve(self, system: LinearSystem) -> Solution:
         """Return scale·c."""
-        adjoint = scale(system.rhs, scale_factors(self, self.scale, system))
-        status = Status.APPROXIMATE if math.isfinite(norm(adjoint)) else Status.NON_FINITE
+        factors = scale_factors(self, self.scale, system)
+        adjoint = scale(system.rhs, factors)
+        largest = max(factors) if isinstance(factors, tuple) else factors
+        # An upper bound of ‖λ‖, known without looking at its entries.
+        finite = system.rhs_norm * largest < _IN_RANGE or math.isfinite(norm(adjoint))
+        status = Status.APPROXIMATE if finite else Status.NON_FINITE
         return Solution(adjoint, status, iterations=0, relative_residual=None)

@@ -111,8 +111,7 @@ class ImplicitMethod(HypergradientMethod):
             system = LinearSystem(stage, linearisation, solution, rhs, warm_start_key=key, cotangent_norm=size * factor)
             adjoint = self.solve_and_settle(stage, system)
             mixed = linearisation.mixed_product(adjoint)
-        result = tuple(None if m is None else m * (-1 / factor) for m in mixed)
-        return first_order_only(self, stage, result, (*cotangents, *solution, *inputs))
+        return first_order_only(self, stage, _scaled(mixed, -1 / factor), (*cotangents, *solution, *inputs))
 
     def _differentiable_pullback(
         self, stage: StageFunction, cotangents: Sequence[Tensor], solution: Sequence[Tensor], inputs: Sequence[Tensor]
@@ -124,9 +123,9 @@ class ImplicitMethod(HypergradientMethod):
 
     def _checked(self, result: object, system: LinearSystem) -> Solution:
         """Return what `solve` returned, if it is what `solve` must return."""
-        expected = [tuple(t.shape) for t in system.rhs]
-        if isinstance(result, Solution) and [tuple(t.shape) for t in result.vector] == expected:
+        if isinstance(result, Solution) and [t.shape for t in result.vector] == [t.shape for t in system.rhs]:
             return result
+        expected = [tuple(t.shape) for t in system.rhs]
         got = [tuple(t.shape) for t in result.vector] if isinstance(result, Solution) else type(result).__name__
         raise ConfigurationError(
             f"{type(self).__name__}.solve at stage {system.name!r}: expected an mlo.Solution whose vector has the "
@@ -185,6 +184,17 @@ class _Solve(torch.autograd.Function):
         left, right = (mu, adjoint) if ctx.transposed else (adjoint, mu)
         changes = evaluate_isolated(_bilinear_gradient, point, *solution, *inputs, *left, *right)
         return None, None, None, *(t.neg() if t.is_floating_point() else t for t in changes), *mu
+
+
+def _scaled(tensors: Sequence[Tensor | None], factor: float) -> tuple[Tensor | None, ...]:
+    live = [t for t in tensors if t is not None]
+    if not live:
+        return tuple(tensors)
+    found = scale(live, factor)
+    if len(live) == len(tensors):
+        return found
+    each = iter(found)
+    return tuple([None if t is None else next(each) for t in tensors])
 
 
 def _warm_start_key(stage: StageFunction) -> str | None:

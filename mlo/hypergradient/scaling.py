@@ -22,9 +22,10 @@ def scale_factors(
     """Return `scale`, or where it is `None` the learning rate of each tensor."""
     if scale is not None:
         return scale
-    if system.learning_rates is None:
+    rates = system.learning_rates
+    if rates is None:
         raise missing_learning_rate(method, system.name)
-    return system.learning_rates
+    return rates
 
 
 def missing_learning_rate(method: HypergradientMethod, stage: str) -> ConfigurationError:

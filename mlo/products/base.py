@@ -44,7 +44,7 @@ class Linearisation(ABC):
 
     def taking_part(self, tensors: Sequence[Tensor | None]) -> Vector:
         """Return the tensors that belong to parameters that the loss reaches."""
-        return tuple(t for t, g in zip(tensors, self.gradient, strict=True) if g is not None and t is not None)
+        return tuple([t for t, g in zip(tensors, self.gradient, strict=True) if g is not None and t is not None])
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,13 @@ class StageProblem(mlo.Problem):
         """Keep the stage's loss."""
         super().__init__(stage.name, module, data=list(batches), depends_on=stage.reads, **options)
         self._loss, self._reads = stage.loss, stage.reads
+        self._others: dict[str, Any] = {}
 
     def training_step(self, batch: Any) -> Tensor:
         """Return the stage's loss."""
-        deps = self.deps
-        return self._loss(self, {name: deps[name] for name in self._reads}, batch)
+        if not self._others:  # looked up once, as the views of the other libraries are
+            self._others = {name: self.deps[name] for name in self._reads}
+        return self._loss(self, self._others, batch)
 
 
 def optimizer_of(stage: Stage, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
