@@ -29,7 +29,7 @@ def reverse_pass(
     a pass through a small network.
     """
     given = tuple([torch.ones_like(t) for t in outputs]) if cotangents is None else cotangents
-    if not (_plain(outputs, inputs) and _fit(given, outputs)):
+    if not (_plain((*outputs, *inputs)) and _fit(given, outputs)):
         return torch.autograd.grad(
             outputs, inputs, given, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
         )
@@ -40,15 +40,15 @@ def reverse_pass(
 def accumulate(loss: Tensor, inputs: Sequence[Tensor]) -> None:
     """Add the gradient of a scalar to `.grad` of the inputs, as `loss.backward(inputs=inputs)` does."""
     given = tuple(inputs)
-    if not _plain((loss,), given):
+    if not _plain((loss, *given)):
         torch.autograd.backward(loss, inputs=given)
         return
     _engine((loss,), (torch.ones_like(loss),), False, False, given, allow_unreachable=True, accumulate_grad=True)
 
 
-def _plain(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> bool:
+def _plain(tensors: tuple[Tensor, ...]) -> bool:
     """Whether there is nothing that the public functions would treat in a way of its own."""
-    return _KNOWN and not has_torch_function(outputs) and not has_torch_function(inputs)
+    return _KNOWN and not has_torch_function(tensors)
 
 
 def _fit(cotangents: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> bool:

@@ -58,7 +58,7 @@ def test_every_figure_of_a_solve_is_in_the_log(caplog):
     assert upper.message.endswith(f", validation sum {reports['upper'].validation['sum']:.4g}")
     summary = reports["upper"].solves["upper/lower"]
     assert solve.message == (
-        "step 3, upper/lower: 1 CONVERGED, products 1, iterations 1, residual 0, "
+        f"step 3, upper/lower: 1 CONVERGED, products 1, iterations 1, residual {summary.worst_residual:.3g}, "
         f"gradient norm {summary.gradient_norm:.4g}"
     )
     assert (solve.step, solve.path, solve.summary) == (3, "upper/lower", summary)

@@ -550,7 +550,7 @@ def test_plain_conjugate_gradients_bit_for_bit():
     """The recurrences of Nocedal and Wright's algorithm 5.2 in a loop of its own."""
     matrix, rhs = symmetric(spectrum(20, 100.0)), torch.randn(20)
     x, r = torch.zeros(20), rhs
-    p, rr = r, (r @ r).item()
+    p, rr = r, torch.linalg.vector_norm(r).item() ** 2
     for _ in range(9):
         ap = matrix @ p
         alpha = rr / (p @ ap).item()

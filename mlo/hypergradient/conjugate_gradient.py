@@ -81,8 +81,8 @@ class KrylovMethod(ImplicitMethod):
         if not math.isfinite(size):
             return Solution(system.rhs, Status.NON_FINITE, 0, size)
         tolerance = self._tolerance(system.rhs, size)
-        adjoint, residual, error = self._start(system, size)
-        steps = 0
+        start, residual, error = self._start(system, size)
+        adjoint, steps = _or_zero(start, system), 0
         while error > tolerance:
             done = cycle(residual, error, tolerance, self.max_steps - steps)
             steps += done.steps
@@ -101,18 +101,18 @@ class KrylovMethod(ImplicitMethod):
         """Return the length of the residual at which to stop, for a right-hand side of length `size`."""
         return max(size * (max(self.rtol, rounding_unit(rhs)) if self.rtol else 0.0), self.atol)
 
-    def _start(self, system: LinearSystem, size: float) -> tuple[Vector, Vector, float]:
-        """Return the first λ, the kept solution where it is better than zero, and its residual, in new memory.
+    def _start(self, system: LinearSystem, size: float) -> tuple[Vector | None, Vector, float]:
+        """Return the first λ, `None` for zero or the kept solution where that is better, its residual and its length.
 
-        The number is the residual's length.
+        They are not the method's own to write to.
         """
         kept = system.last_solution if self.warm_start else None
         if kept is not None:
             residual = self._residual(system, kept)
             length = norm(residual)
             if length < size:
-                return scale(kept, 1.0), residual, length
-        return zeros_like(system.rhs), scale(system.rhs, 1.0), size
+                return kept, residual, length
+        return None, system.rhs, size
 
     def _residual(self, system: LinearSystem, adjoint: Vector) -> Vector:
         """Return c − (H + damping·I)λ, at the cost of a product."""
@@ -190,10 +190,8 @@ class ConjugateGradient(KrylovMethod):
         if not math.isfinite(size):
             return Solution(system.rhs, Status.NON_FINITE, 0, size)
         tolerance = self._tolerance(system.rhs, size)
-        # All are this method's own, and written to: they are as large as the stage, and memory that is allocated anew
-        # takes longer to fill.
-        adjoint, residual, _ = self._start(system, size)
-        error = dot(residual, residual)
+        adjoint, residual, length = self._start(system, size)
+        error = length**2
         inverse = self._inverse(system, needed=math.sqrt(error) > tolerance)
         direction: Vector = ()
         best, smallest = adjoint, error
@@ -207,7 +205,7 @@ class ConjugateGradient(KrylovMethod):
                 break
             improved, slope = _preconditioned(inverse, residual, error)
             growth = slope / previous if step else 0.0
-            direction = scale_and_add_(direction, growth, improved) if step else scale(improved, 1.0)
+            direction = _next_direction(direction, growth, improved, step)
             # r is orthogonal to the direction before, z is not.
             squared = error + growth**2 * squared if inverse is None else dot(direction, direction)
             curved = self._damped_product(system, direction)
@@ -219,13 +217,16 @@ class ConjugateGradient(KrylovMethod):
             bent = curvature / squared
             steepest = max(steepest, bent)
             if abs(bent) <= flat * steepest:
-                return Solution(best, Status.SINGULAR, step, math.sqrt(smallest) / size)
+                return Solution(_or_zero(best, system), Status.SINGULAR, step, math.sqrt(smallest) / size)
             if curvature <= 0:
                 status = Status.NEGATIVE_CURVATURE
                 break
             length = slope / curvature
-            add_(adjoint, direction, length)
-            add_(residual, curved, -length)
+            # What the first step makes is this method's own, and written to from then on: it is as large as the stage,
+            # and memory that is allocated anew takes longer to fill.
+            plus = add_ if step else add
+            adjoint = scale(direction, length) if adjoint is None else plus(adjoint, direction, length)
+            residual = plus(residual, curved, -length)
             error = dot(residual, residual)
             if error < smallest:
                 best, smallest = adjoint, error
@@ -235,10 +236,21 @@ class ConjugateGradient(KrylovMethod):
             step += 1
         else:
             status = Status.CONVERGED
-        return Solution(adjoint, status, step, math.sqrt(error) / size)
+        return Solution(_or_zero(adjoint, system), status, step, math.sqrt(error) / size)
 
     def _inverse(self, system: LinearSystem, *, needed: bool) -> ApproximateInverse | None:
         return self.preconditioner.inverse(system) if needed and self.preconditioner is not None else None
+
+
+def _next_direction(direction: Vector, growth: float, improved: Vector, step: int) -> Vector:
+    """Return z + growth·direction; the first is z itself, the second new, and from then on there is one memory."""
+    if step == 0:
+        return improved
+    return add(improved, direction, growth) if step == 1 else scale_and_add_(direction, growth, improved)
+
+
+def _or_zero(adjoint: Vector | None, system: LinearSystem) -> Vector:
+    return zeros_like(system.rhs) if adjoint is None else adjoint
 
 
 def _out_of_range(curvature: float, squared: float, slope: float) -> Status | None:
