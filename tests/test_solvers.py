@@ -97,8 +97,11 @@ class Solved:
 
 
 def solved(method, matrix, rhs, **options):
+    given = [t for t in (rhs, options.get("last")) if t is not None]
+    before = [t.clone() for t in given]
     system = System(matrix, rhs, **options)
     solution = method.solve(system)
+    assert all(torch.equal(t.nan_to_num(), b.nan_to_num()) for t, b in zip(given, before, strict=True))  # only read
     assert [tuple(t.shape) for t in solution.vector] == system.shapes
     assert all(t.dtype == rhs.dtype for t in solution.vector)
     return Solved(
@@ -1258,3 +1261,26 @@ def test_options_that_are_right():
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(mlo.ConfigurationError, match="warm_starts="):
         mlo.best_response(lambda w, x: (w - x).square().sum(), torch.ones(2), x, MINRES(warm_start=True))
+
+
+# --- one multiple of the identity ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "scale", "status"),
+    [
+        (3.0, 0.5, Status.APPROXIMATE),
+        (3.0, 1e30, Status.APPROXIMATE),
+        (3.0, 1e38, Status.APPROXIMATE),
+        (4.0, 1e38, Status.NON_FINITE),  # float32 ends at 3.4e38
+        (math.nan, 0.5, Status.NON_FINITE),
+        (math.inf, 0.5, Status.NON_FINITE),
+    ],
+)
+def test_a_multiple_that_leaves_the_range_of_the_dtype_is_noticed(entry, scale, status):
+    rhs = torch.tensor([0.0, entry], dtype=torch.float32)
+    result = solved(mlo.Identity(scale=scale), torch.eye(2, dtype=torch.float32), rhs)
+    assert result.status is status
+    assert (result.products, result.iterations) == (0, 0)
+    if status.ok:
+        assert torch.equal(result.vector, scale * rhs)
