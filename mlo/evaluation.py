@@ -250,6 +250,19 @@ class _ProblemStage(StageFunction):
     def at_step(self, step: RecordedStep[list[MicroBatch]]) -> StageFunction:
         return _StageAtStep(self, step.batches)
 
+    @property
+    def asks_for_gradients(self) -> bool:
+        return self._member.asks_for_gradients
+
+    @asks_for_gradients.setter
+    def asks_for_gradients(self, value: bool) -> None:
+        self._member.asks_for_gradients = value
+
+    def flags_check_due(self) -> bool:
+        # At first it is taken for one that asks, which costs least; what trains makes many differences.
+        self._member.differences += 1
+        return self._member.differences == _CHECKED_SOLVE
+
     def repetition_check_due(self) -> bool:
         # What draws numbers of its own is found the first time; a loss that is merely curved is so at many steps.
         return self._member.in_doubt.due()

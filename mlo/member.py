@@ -61,6 +61,8 @@ class Member:
         in_methods: likewise, inside hypergradient methods.
         in_doubt: likewise, where it was very different on both sides of a difference: whether it is the same function.
         directional_solves: how often mixed products of its loss were taken as directional derivatives.
+        differences: how often by central differences, with these parameters.
+        asks_for_gradients: whether the loss is another one where the problem's parameters need no gradient, or may be.
         options_seen: how often its fixed options had been set when they were last compared with the engine's.
         host_draws: whether its loss draws from Python's or NumPy's generator.
         title: how errors name its loss.
@@ -145,5 +147,6 @@ class Member:
         self.device_types: tuple[str, ...] = tuple(dict.fromkeys(d.type for d in self.devices))
         self._flags = [(p, p.requires_grad) for p in named.values()]
         self._group_sizes = [len(group["params"]) for group in groups]
+        self.differences, self.asks_for_gradients = 0, True
         self.in_training, self.in_methods, self.in_doubt = CheckSchedule(), CheckSchedule(), CheckSchedule()
         self.recording: Recording[list[MicroBatch]] | None = None

@@ -31,6 +31,7 @@ class StageFunction(ABC):
             stationary point is the one of L + Σ ½·decay·‖θᵢ‖².
         signs: −1 for each tensor of θ along which the optimizer maximises the loss, else 1.
         warm_starts: where solvers keep their last solution; `None` where nothing outlives the node.
+        asks_for_gradients: whether the loss is another one where θ needs no gradient (`if p.requires_grad`), or may be.
         disposable_cotangents: whether nobody needs the cotangents of a pullback after it, so that a method may write to
             them.
 
@@ -42,6 +43,7 @@ class StageFunction(ABC):
     weight_decays: tuple[float, ...]
     signs: tuple[float, ...]
     warm_starts: MutableMapping[str, Vector] | None = None
+    asks_for_gradients = True
     disposable_cotangents = False
     _solved = False
 
@@ -80,6 +82,10 @@ class StageFunction(ABC):
     def update_derivative(self, gradients: Sequence[Tensor | None]) -> Vector:
         """Return the diagonal of the derivative of the optimizer's next update in the gradients of the loss."""
         raise ConfigurationError(f"stage {self.name!r} has no optimizer; expected one of an engine that has.")
+
+    def flags_check_due(self) -> bool:
+        """Whether it is time to find out `asks_for_gradients` anew; then it is set."""
+        return False
 
     def repetition_check_due(self) -> bool:
         """Whether a loss that is very different on both sides of a difference is to be evaluated once more."""

@@ -809,6 +809,61 @@ def test_the_cotangents_of_a_caller_are_left_as_they_are(method):
     assert found.tolist() == pytest.approx([3.0, -4.0], rel=1e-6)
 
 
+@pytest.mark.parametrize("own", [lambda p: p.module.parameters(), lambda p: p.params.values()])
+@pytest.mark.parametrize(
+    "method",
+    [
+        mlo.FiniteDifference(scale=0.5),
+        mlo.Identity(scale=0.5, product=mlo.CentralDifferences()),
+        mlo.Identity(scale=0.5, product=mlo.ForwardOverReverse()),
+        mlo.Identity(scale=0.5),
+    ],
+)
+@pytest.mark.filterwarnings("error::mlo.MloWarning")
+def test_a_penalty_on_what_needs_a_gradient(method, own):
+    """A filter as in many training scripts: shifted weights must pass it too."""
+
+    def low_loss(p, _):
+        decay = p.deps.top.params["w"]
+        return 0.5 * p.params["w"].square().sum() + decay.sum() * sum(
+            q.square().sum() for q in own(p) if q.requires_grad
+        )
+
+    engine = two_levels(low_loss, method=method)
+    for _ in range(5):
+        w = engine.problems["low"].module.w.detach()  # the cotangent too
+        assert engine.hypergradient("top")["w"].tolist() == pytest.approx([-w.square().sum().item()] * 2, rel=1e-6)
+        engine.step()
+
+
+def test_the_graph_in_the_shifted_weights_is_made_only_where_it_is_asked_for():
+    flags = []
+
+    def low_loss(p, _):
+        flags.append(p.params["w"].requires_grad)
+        return pull(p, _)
+
+    engine = two_levels(low_loss, method=mlo.FiniteDifference(scale=0.5))
+    seen = []
+    for _ in range(4):
+        flags.clear()
+        engine.hypergradient("top")
+        seen.append(tuple(flags))
+    assert seen[0] == (True, True)  # not known yet
+    assert seen[1][:4] == (False, True, False, False)  # the loss is compared with itself, and then both sides
+    assert seen[2] == seen[3] == (False, False)
+    x = torch.ones(2, requires_grad=True)
+    flags.clear()
+
+    def loss(w, x):
+        flags.append(w.requires_grad)
+        return (w - x).square().sum()
+
+    w = mlo.best_response(loss, torch.ones(2), x, mlo.FiniteDifference(scale=0.5))
+    w.sum().backward()
+    assert flags == [True, True]
+
+
 def test_training_modes_of_parts_that_were_replaced_are_restored():
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Sequential(nn.ReLU()))
     engine = two_levels(
@@ -824,23 +879,6 @@ def test_training_modes_of_parts_that_were_replaced_are_restored():
     assert modes.count(True) == 4
     engine.validate()
     assert [part.training for part in net.modules()] == modes
-
-
-def test_summaries_of_solves_are_a_mapping():
-    engine = two_levels(method=mlo.ConjugateGradient())
-    reports = engine.step()
-    solves = reports["top"].solves
-    assert list(solves) == ["top/low"]
-    assert solves == {"top/low": solves["top/low"]} == dict(solves)
-    assert repr(solves) == repr(dict(solves))
-    assert reports["low"].solves == {}
-    assert not reports["low"].solves
-    for copied in (pickle.loads(pickle.dumps(reports)), copy.deepcopy(reports)):
-        assert copied == reports
-    with pytest.raises(KeyError):
-        solves["top"]
-    engine.step()  # the report of one step stays what it is
-    assert len(solves) == solves["top/low"].solves == 1
 
 
 def test_definitions_are_checked_before_anything_is_taken_note_of():

@@ -135,7 +135,10 @@ def central_difference(
         shifted = scale_and_add_(tuple(direction), shift, solution)
     else:
         shifted = add(solution, direction, shift)
-    theta = leaves(shifted) if in_theta else shifted
+    if not in_theta and stage.flags_check_due():
+        stage.asks_for_gradients = _asks_for_gradients(stage, shifted, x)
+    # Without need the graph in θ is not made.
+    theta = leaves(shifted) if in_theta or stage.asks_for_gradients else shifted
     at = theta if in_theta else x
     with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
         loss = evaluate()
@@ -144,8 +147,24 @@ def central_difference(
         loss = evaluate()
         back, behind = loss.item(), gradients((loss,), at)
     if abs(there - back) > _SUSPICIOUS * max(abs(there), abs(back)) and stage.repetition_check_due():
-        _check_repeatable(stage, back, shifted, x)
+        _check_repeatable(stage, loss, theta, x)
     return differences(ahead, behind, factor)
+
+
+def _asks_for_gradients(stage: StageFunction, theta: Vector, x: Vector) -> bool:
+    """Whether the loss has another value where θ needs a gradient: `sum(… for p in parameters if p.requires_grad)`."""
+    values = []
+    for at in (theta, leaves(theta)):
+        with torch.enable_grad(), stage.evaluation(at, x) as evaluate:
+            values.append(evaluate().detach())
+    return not _equal(*values)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two values of the loss differ by no more than rounding."""
+    # Kernels that add up in no fixed order differ by rounding; another random draw differs by much more.
+    a, b = one.item(), other.item()
+    return abs(a - b) <= math.sqrt(torch.finfo(one.dtype).eps) * max(abs(a), abs(b))
 
 
 def _fits(direction: Sequence[Tensor], solution: Sequence[Tensor]) -> bool:
@@ -165,19 +184,17 @@ def _reflect(shifted: Vector, centre: Sequence[Tensor]) -> None:
         torch._foreach_lerp_([t.data for t in shifted], tuple(centre), 2.0)
 
 
-def _check_repeatable(stage: StageFunction, value: float, at: Vector, x: Vector) -> None:
+def _check_repeatable(stage: StageFunction, value: Tensor, at: Vector, x: Vector) -> None:
     """Raise an error if the loss has another value in a second evaluation at the same point."""
     with torch.no_grad(), stage.evaluation(at, leaves(x, False)) as evaluate:
         again = evaluate()
-    # Kernels that add up in no fixed order differ by rounding; another random draw differs by much more.
-    tolerance = math.sqrt(torch.finfo(again.dtype).eps) * max(abs(value), abs(again.item()))
-    if abs(value - again.item()) > tolerance:
+    if not _equal(value, again):
         stage.repetition_failed()
         raise EvaluationError(
-            f"stage {stage.name!r}: {stage.title} is {value} and then {again.item()} for the same parameters, batch "
-            "and random state; expected one function for both sides of a central difference. Draw from the global "
-            "generators of torch, NumPy or Python, which are replayed, and not from one of your own; or use a method "
-            "with one evaluation per solve, such as Identity or Neumann by double backward."
+            f"stage {stage.name!r}: {stage.title} is {value.item()} and then {again.item()} for the same parameters, "
+            "batch and random state; expected one function for both sides of a central difference. Draw from the "
+            "global generators of torch, NumPy or Python, which are replayed, and not from one of your own; or use a "
+            "method with one evaluation per solve, such as Identity or Neumann by double backward."
         )
 
 
