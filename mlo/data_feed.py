@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mlo.errors import ConfigurationError
-from mlo.random_state import preserved
+from mlo.random_state import Preserved
 
 _PARTS = ("sampler", "batch_sampler", "dataset")
 
@@ -52,7 +52,7 @@ class DataFeed:
             return [None] * count
         if type(self._data) in (list, tuple) and self._data:  # which draw from no generator
             return [self._data[i % len(self._data)] for i in range(count)]  # type: ignore[index, arg-type]
-        with preserved(devices), _own_generators_preserved(self._data):
+        with Preserved(devices), _own_generators_preserved(self._data):
             return DataFeed(self._problem, self._data).next_batches(count)
 
 

@@ -21,9 +21,9 @@ from mlo.memory import separate_gradients
 from mlo.optimizer_facts import warn_of_unknown_decay
 from mlo.options import is_count
 from mlo.problem import FIXED_OPTIONS, Problem
-from mlo.random_state import preserved
+from mlo.random_state import Preserved
 from mlo.recording import Recording
-from mlo.reports import ProblemReport, SolveSummaries
+from mlo.reports import ProblemReport, summarised
 from mlo.solve_batches import Previews, SolveBatches, with_present_state
 from mlo.solve_start import begin_recording, check_recording, check_start, start_over
 from mlo.stage_function import leaves
@@ -108,8 +108,7 @@ class Engine:
             for root in self.graph.roots:
                 self._solve(self._members[root])
         self.step_count += 1
-        solves = {name: SolveSummaries(found) for name, found in self._solves.items()}
-        return {n: ProblemReport(n, **notes, solves=solves[n]) for n, notes in self._notes.items()}
+        return {n: ProblemReport(n, **notes, solves=summarised(self._solves[n])) for n, notes in self._notes.items()}
 
     def _solve(self, root: Member) -> None:
         """Let a root take its steps, and before them whatever must be fresh.
@@ -305,7 +304,7 @@ class Engine:
             devices.update(dict.fromkeys(m.cuda_devices))
             may_draw = may_draw or m.host_draws.possible
         own = leaves(member.trainable)
-        with preserved(devices, whole=may_draw) as state, self._training_modes_kept(), Differentiating():
+        with Preserved(devices, whole=may_draw) as state, self._training_modes_kept(), Differentiating():
             previews = Previews(member, state)
             evaluation = self._evaluation(previews, dict(self._warm_starts), [])
             used = previews(member)

@@ -206,7 +206,7 @@ def _same(a: Any, b: Any) -> bool:
     return bool(np.array_equal(a, b))
 
 
-class preserved:  # noqa: N801  (used as a function; a generator would take twice as long)
+class Preserved:
     """A context manager that leaves the generators as they were; its value is their state.
 
     Args:

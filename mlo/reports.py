@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -87,36 +87,9 @@ def _larger(a: float | None, b: float | None) -> float | None:
     return b if a is None or (b is not None and b > a) else a
 
 
-class SolveSummaries(Mapping[str, SolveSummary]):
-    """One summary per path, added up when first looked at: most steps are reported to nobody."""
-
-    __slots__ = ("_found", "_reports")
-
-    def __init__(self, reports: Sequence[SolveReport]) -> None:
-        """Keep the reports of the solves; nothing is added up yet."""
-        self._reports = reports
-        self._found: dict[str, SolveSummary] | None = None
-
-    def _summaries(self) -> dict[str, SolveSummary]:
-        if self._found is None:
-            by_path: dict[str, list[SolveReport]] = {}
-            for report in self._reports:
-                by_path.setdefault(report.stage, []).append(report)
-            self._found = {path: SolveSummary.of(solves) for path, solves in by_path.items()}
-        return self._found
-
-    def __getitem__(self, path: str) -> SolveSummary:
-        """Return the summary of one path."""
-        return self._summaries()[path]
-
-    def __iter__(self) -> Iterator[str]:
-        """Run over the paths, in the order in which their first solves ended."""
-        return iter(self._summaries())
-
-    def __len__(self) -> int:
-        """Return the number of paths."""
-        return len(self._summaries())
-
-    def __repr__(self) -> str:
-        """Return what a dict would."""
-        return repr(self._summaries())
+def summarised(reports: Sequence[SolveReport]) -> dict[str, SolveSummary]:
+    """Return one summary per path."""
+    by_path: dict[str, list[SolveReport]] = {}
+    for report in reports:
+        by_path.setdefault(report.stage, []).append(report)
+    return {path: SolveSummary.of(solves) for path, solves in by_path.items()}

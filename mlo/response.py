@@ -17,7 +17,7 @@ from mlo.errors import ConfigurationError, MloError
 from mlo.hypergradient import HypergradientMethod
 from mlo.hypergradient.scaling import missing_learning_rate
 from mlo.losses import checked_loss
-from mlo.random_state import RandomState, preserved
+from mlo.random_state import Preserved, RandomState
 from mlo.stage_function import StageFunction
 from mlo.status import SolveReport
 from mlo.vectors import Vector
@@ -172,7 +172,7 @@ class _FunctionalStage(StageFunction):
                 reject_first_order_operations(loss, self.title, type(self._method).__name__)
             return loss
 
-        with preserved(self._devices), self._autocast.restored():
+        with Preserved(self._devices), self._autocast.restored():
             yield evaluate
 
     def record(self, report: SolveReport) -> None:

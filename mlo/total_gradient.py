@@ -15,7 +15,7 @@ from mlo.links import Links
 from mlo.losses import unreached, without_graph
 from mlo.member import Member, MicroBatch
 from mlo.memory import alone, separate_gradients
-from mlo.random_state import RandomState, preserved
+from mlo.random_state import Preserved, RandomState
 from mlo.response import pulled_back
 from mlo.reverse_pass import accumulate
 from mlo.stage_function import leaves
@@ -171,14 +171,14 @@ def _sweep(
             leaf.grad = c if links.hands_over else c.clone()
 
 
-def _draws_preserved(links: Links) -> preserved:
+def _draws_preserved(links: Links) -> Preserved:
     """Leave the generators as they were over a sweep, in which each stage replays the draws of its last step."""
     devices: dict[torch.device, None] = {}
     host = False
     for stage in links.responses:
         devices.update(dict.fromkeys(stage.cuda_devices))
         host = host or stage.host_draws.found
-    return preserved(devices, host=host)
+    return Preserved(devices, host=host)
 
 
 def _pull_back(

@@ -15,7 +15,7 @@ from mlo.graph import ProblemGraph
 from mlo.hypergradient import Dense, HypergradientMethod
 from mlo.links import Links
 from mlo.member import MicroBatch
-from mlo.random_state import preserved
+from mlo.random_state import Preserved
 from mlo.solve_batches import Previews
 from mlo.status import SolveReport
 from mlo.testing.flat import joined, separated
@@ -37,7 +37,7 @@ def opened(engine: Engine, name: str) -> Iterator[EngineHierarchy]:
     devices = dict.fromkeys(d for m in engine._members.values() for d in m.devices)
     before = [dict(vars(m)) for m in engine._members.values()]
     try:
-        with preserved(devices) as state, engine._training_modes_kept(), torch.inference_mode(False):
+        with Preserved(devices) as state, engine._training_modes_kept(), torch.inference_mode(False):
             previews = Previews(differentiated, state)
             for m in members:
                 if m is differentiated or m.solve_feed is None:

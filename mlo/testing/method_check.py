@@ -13,7 +13,7 @@ from mlo.errors import BreakdownError, ConfigurationError, LossError
 from mlo.hypergradient import HypergradientMethod, ImplicitMethod
 from mlo.options import is_number
 from mlo.products import CentralDifferences, ForwardOverReverse
-from mlo.random_state import preserved
+from mlo.random_state import Preserved
 from mlo.testing import zoo
 from mlo.testing.errors import CheckError
 from mlo.testing.flat import joined
@@ -168,7 +168,7 @@ def check_method(
     left_out = frozenset([without] if isinstance(without, str) else without)
     given = _checked_arguments(method, problems, formula, rtol, dtype, left_out)
     results, laws = [], []
-    with preserved():
+    with Preserved():
         for result in _on_problems(method, given, formula, rtol, dtype, spare=problems is None):
             results.append(result)
             if verbose:
