@@ -40,7 +40,8 @@ class Autocast:
         with ExitStack() as stack:
             for device_type, dtype in self.settings:
                 if dtype is not None:
-                    stack.enter_context(torch.autocast(device_type, dtype=dtype))
+                    # Without its cache, which would hand out casts of weights that a method has moved since.
+                    stack.enter_context(torch.autocast(device_type, dtype=dtype, cache_enabled=False))
                 elif torch.is_autocast_enabled(device_type):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
             return stack.pop_all()

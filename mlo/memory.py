@@ -19,9 +19,11 @@ def alone(tensor: Tensor) -> bool:
     Torch's gradients can not always: those in `a` and `b` of `a[None] + b[None]` are views of one tensor, and a second
     backward pass that adds to both of them in place adds twice.
     """
-    if _COUNT is None or tensor.is_sparse or type(tensor) is not Tensor:
+    if _COUNT is None or tensor.layout is not torch.strided or type(tensor) is not Tensor:
         return False
-    return _COUNT(tensor.untyped_storage()._cdata) <= _ALONE  # type: ignore[no-any-return]
+    storage = tensor.untyped_storage()
+    # Memory that torch has not allocated itself (NumPy's) cannot be resized.
+    return _COUNT(storage._cdata) <= _ALONE and storage.resizable()
 
 
 def separate_gradients(parameters: Iterable[Tensor]) -> None:

@@ -198,8 +198,11 @@ def _pull_back(
         inputs += tensors
         needed += [wanted] * len(tensors)
     node, method = evaluation.stage(stage, member.name), evaluation.links[stage.name].method
-    # They come from a backward pass of this gradient's own, or from the methods of the stages above.
-    node.disposable_cotangents = evaluation.links[member.name].hands_over
+    if method.uses_up_cotangents and evaluation.links[member.name].hands_over:
+        # They come from a backward pass of this gradient's own, or from methods above that keep nothing.
+        node.disposable_cotangents = True
+        for t in values[stage.name]:
+            t.grad = None  # which would be something else afterwards
     found = pulled_back(node, method, given, values[stage.name], inputs, needed)
     begin = 0
     for name, wanted in sources:

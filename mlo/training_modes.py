@@ -20,9 +20,12 @@ class TrainingModesKept:
         """Look up the modes."""
         # Looked for anew each time, since parts may have been replaced; `nn.Module.modules` makes names as well.
         parts = list(self._modules)
+        seen = set(map(id, parts))
         for part in parts:  # grows meanwhile
-            if part._modules:
-                parts += [child for child in part._modules.values() if child is not None]
+            for child in part._modules.values():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    parts.append(child)
         self._kept = [(part, part.training) for part in parts]
 
     def __exit__(self, *_: object) -> None:

@@ -41,14 +41,17 @@ class HypergradientMethod(ABC):
     allows_internal_responses: ClassVar[bool] = True
     #: Whether the results of `pullback` are new tensors that nothing else refers to, which the caller may write to.
     hands_over: ClassVar[bool] = False
+    #: Whether `pullback` writes to its cotangents where `stage.disposable_cotangents` says that it may.
+    uses_up_cotangents: ClassVar[bool] = False
     #: Whether any gradient passes at all.
     carries_gradient: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let a subclass with a rule of its own say for itself whether it hands over its results."""
+        """Let a subclass with a rule of its own say for itself what it does with cotangents and results."""
         super().__init_subclass__(**kwargs)
-        if "pullback" in cls.__dict__ and "hands_over" not in cls.__dict__:
-            cls.hands_over = False
+        if "pullback" in cls.__dict__:
+            cls.hands_over = cls.__dict__.get("hands_over", False)
+            cls.uses_up_cotangents = cls.__dict__.get("uses_up_cotangents", False)
 
     def __post_init__(self) -> None:
         """Check the options."""

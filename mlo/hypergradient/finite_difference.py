@@ -74,6 +74,7 @@ class FiniteDifference(HypergradientMethod):
     differentiable: ClassVar[bool] = False
     allows_internal_responses: ClassVar[bool] = False
     hands_over: ClassVar[bool] = True
+    uses_up_cotangents: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the options."""

@@ -15,12 +15,14 @@ from mlo.errors import ConfigurationError, EvaluationError
 from mlo.memory import alone
 from mlo.options import is_number
 from mlo.products.base import Linearisation, Product
-from mlo.products.directional import NEARER, DirectionalLinearisation, shift_length
+from mlo.products.directional import NEARER, DirectionalLinearisation, loss_gradients, shift_length
 from mlo.stage_function import StageFunction, leaves
-from mlo.vectors import Vector, add, norm, scale_, scale_and_add_, subtract
+from mlo.vectors import Vector, add, norm, rounding_unit, scale_, scale_and_add_, subtract
 
 # The two sides are looked at more closely where they differ by this share of the loss: a shift changes it by less.
 _SUSPICIOUS = 0.01
+# Two gradients at one point count as one that differ by so many rounding units.
+_ROUNDINGS = 4
 
 
 @dataclass(frozen=True)
@@ -152,19 +154,19 @@ def central_difference(
 
 
 def _asks_for_gradients(stage: StageFunction, theta: Vector, x: Vector) -> bool:
-    """Whether the loss has another value where θ needs a gradient: `sum(… for p in parameters if p.requires_grad)`."""
-    values = []
-    for at in (theta, leaves(theta)):
-        with torch.enable_grad(), stage.evaluation(at, x) as evaluate:
-            values.append(evaluate().detach())
-    return not _equal(*values)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two values of the loss differ by no more than rounding."""
-    # Kernels that add up in no fixed order differ by rounding; another random draw differs by much more.
-    a, b = one.item(), other.item()
-    return abs(a - b) <= math.sqrt(torch.finfo(one.dtype).eps) * max(abs(a), abs(b))
+    """Whether ∂L/∂x is another one where θ needs a gradient: `sum(… for p in parameters if p.requires_grad)`."""
+    needing = loss_gradients(stage, leaves(theta), x).x
+    try:
+        others = loss_gradients(stage, theta, x).x
+    except RuntimeError:  # it takes a gradient in θ itself, or looks for a graph
+        return True
+    for a, b in zip(needing, others, strict=True):
+        if (a is None) is not (b is None):
+            return True
+        # What is taken for another one by mistake costs the graph in θ, and no more.
+        if a is not None and b is not None and not norm([a - b]) <= _ROUNDINGS * rounding_unit([a]) * norm([a]):
+            return True
+    return False
 
 
 def _fits(direction: Sequence[Tensor], solution: Sequence[Tensor]) -> bool:
@@ -188,10 +190,12 @@ def _check_repeatable(stage: StageFunction, value: Tensor, at: Vector, x: Vector
     """Raise an error if the loss has another value in a second evaluation at the same point."""
     with torch.no_grad(), stage.evaluation(at, leaves(x, False)) as evaluate:
         again = evaluate()
-    if not _equal(value, again):
+    # Kernels that add up in no fixed order differ by rounding; another random draw differs by much more.
+    there, back = value.item(), again.item()
+    if abs(there - back) > math.sqrt(torch.finfo(again.dtype).eps) * max(abs(there), abs(back)):
         stage.repetition_failed()
         raise EvaluationError(
-            f"stage {stage.name!r}: {stage.title} is {value.item()} and then {again.item()} for the same parameters, "
+            f"stage {stage.name!r}: {stage.title} is {there} and then {back} for the same parameters, "
             "batch and random state; expected one function for both sides of a central difference. Draw from the "
             "global generators of torch, NumPy or Python, which are replayed, and not from one of your own; or use a "
             "method with one evaluation per solve, such as Identity or Neumann by double backward."
