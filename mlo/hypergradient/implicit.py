@@ -101,31 +101,17 @@ class ImplicitMethod(HypergradientMethod):
         needed: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """Return −Gᵀ H⁻ᵀ c."""
-        if not torch.is_grad_enabled():
-            return self._pullback(stage, cotangents, solution, inputs, needed)
-        if self.differentiable:
+        if torch.is_grad_enabled() and self.differentiable:
             return self._differentiable_pullback(stage, cotangents, solution, inputs)
-        with torch.no_grad():
-            result = self._pullback(stage, cotangents, solution, inputs, needed)
-        return first_order_only(self, stage, result, (*cotangents, *solution, *inputs))
-
-    def _pullback(
-        self,
-        stage: StageFunction,
-        cotangents: Sequence[Tensor],
-        solution: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        needed: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
         size = norm(cotangents)
         factor = _normalising_factor(size)
-        with self.product.linearised(stage, solution, inputs, needed) as linearisation:
+        with torch.no_grad(), self.product.linearised(stage, solution, inputs, needed) as linearisation:
             rhs = cotangents if factor == 1.0 else scale(cotangents, factor)
             key = _warm_start_key(stage)
             system = LinearSystem(stage, linearisation, solution, rhs, warm_start_key=key, cotangent_norm=size * factor)
             adjoint = self.solve_and_settle(stage, system)
             mixed = linearisation.mixed_product(adjoint)
-        return _scaled(mixed, -1 / factor)
+        return first_order_only(self, stage, _scaled(mixed, -1 / factor), (*cotangents, *solution, *inputs))
 
     def _differentiable_pullback(
         self, stage: StageFunction, cotangents: Sequence[Tensor], solution: Sequence[Tensor], inputs: Sequence[Tensor]
