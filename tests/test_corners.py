@@ -799,6 +799,72 @@ def test_gradients_that_lie_in_one_memory(batches, clip):
         assert torch.allclose(found["b"], b, rtol=1e-12)
 
 
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_gradients_that_lie_in_one_memory_without_a_response(clip):
+    module = nn.Module()
+    module.a, module.b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1, 2))
+
+    def loss(p, _):
+        return ((p.params["a"][None] + p.params["b"])[0] * torch.tensor([3.0, 4.0])).sum()
+
+    engine = mlo.Engine([Problem("one", module, loss, grad_clip=clip)])
+    found = engine.hypergradient("one")
+    found["a"].zero_()
+    assert found["b"].tolist() == [[3.0, 4.0]]
+    engine.step()
+    factor = 1.0 if clip is None else clip / math.sqrt(50.0)
+    assert module.a.grad.tolist() == pytest.approx([3 * factor, 4 * factor], rel=1e-6)
+    assert module.b.grad[0].tolist() == pytest.approx([3 * factor, 4 * factor], rel=1e-6)
+
+
+def three_in_a_row(methods, lowest, **losses):
+    """Stages `a` and `b`, of which b reads a, under `top`, which reads b."""
+    losses = {
+        "a": lambda p, _: 0.5 * (p.params["w"] - p.deps.top.params["w"]).square().sum(),
+        "b": lambda p, _: 0.5 * (p.params["w"] - 3 * p.deps.a.params["w"]).square().sum(),
+        "top": lambda p, _: 0.5 * p.deps.b.params["w"].square().sum(),
+    } | losses
+    return mlo.Engine(
+        [
+            Problem("a", lowest, losses["a"], depends_on=["top"], hypergradient=methods[0]),
+            Problem("b", Holder(1.0, 2.0), losses["b"], depends_on=["a"], hypergradient=methods[1]),
+            Problem("top", Holder(1.0, 2.0), losses["top"], depends_on=["b"]),
+        ]
+    )
+
+
+def test_results_that_a_method_above_keeps_are_not_written_to():
+    kept = []
+
+    class Keeping(mlo.Identity):
+        def pullback(self, *arguments):
+            result = super().pullback(*arguments)
+            kept.extend((r, r.clone()) for r in result)
+            return result
+
+    engine = three_in_a_row([mlo.FiniteDifference(scale=1.0), Keeping()], Holder(1.0, 2.0))
+    for _ in range(4):
+        assert engine.hypergradient("top")["w"].tolist() == pytest.approx([3.0, 6.0], rel=1e-6)
+    assert len(kept) == 4
+    assert all(torch.equal(r, before) for r, before in kept)
+
+
+def test_shifted_weights_keep_the_layout_of_the_weights():
+    lowest = nn.Module()
+    lowest.w = nn.Parameter(torch.arange(6.0).view(2, 3).t())  # laid out by columns
+
+    def a_loss(p, _):
+        return 0.5 * (p.params["w"].t().view(6) - p.deps.top.params["w"].sum()).square().sum()
+
+    def b_loss(p, _):
+        return 0.5 * (p.params["w"] - p.deps.a.params["w"].contiguous().view(3, 2).sum(0)).square().sum()
+
+    fd = mlo.FiniteDifference(scale=1.0)
+    engine = three_in_a_row([fd, fd], lowest, a=a_loss, b=b_loss)
+    for _ in range(4):  # (1, 2) for each of three rows
+        assert engine.hypergradient("top")["w"].tolist() == pytest.approx([9.0, 9.0], rel=1e-6)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_the_cotangents_of_a_caller_are_left_as_they_are(method):
     x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -825,8 +891,11 @@ def test_a_penalty_on_what_needs_a_gradient(method, own, decay):
     """A filter as in many training scripts: shifted weights must pass it too, however small the penalty."""
 
     def low_loss(p, _):
-        penalty = sum(q.square().sum() for q in own(p) if q.requires_grad)
-        return 0.5 * (p.params["w"] - 1).square().sum() + p.deps.top.params["w"].sum() * penalty
+        loss = 0.5 * (p.params["w"] - 1).square().sum()
+        for q in own(p):
+            if q.requires_grad:
+                loss = loss + p.deps.top.params["w"].sum() * q.square().sum()
+        return loss
 
     engine = two_levels(low_loss, low=Holder(2.0, 3.0), top=Holder(decay), method=method)
     for _ in range(5):  # c = w: −½ Σ 2 w c
