@@ -228,23 +228,27 @@ class Negated(zoo.Quadratic):
         return -super().training_step(batch)
 
 
+@pytest.mark.parametrize("decay", [0.2, 0.0])
 @pytest.mark.parametrize(
     ("method", "inverse"),
     [
-        (mlo.ConjugateGradient(on_breakdown="raise"), lambda s: torch.linalg.inv(s.hessian + 0.2 * torch.eye(s.n))),
-        (mlo.FiniteDifference(), lambda s: 0.1 * torch.eye(s.n)),
-        (mlo.Identity(scale=0.3), lambda s: 0.3 * torch.eye(s.n)),
-        (mlo.Neumann(1, 0.3), lambda s: 0.3 * torch.eye(s.n)),
+        (
+            mlo.ConjugateGradient(on_breakdown="raise"),
+            lambda s, decay: torch.linalg.inv(s.hessian + decay * torch.eye(s.n)),
+        ),
+        (mlo.FiniteDifference(), lambda s, _: 0.1 * torch.eye(s.n)),
+        (mlo.Identity(scale=0.3), lambda s, _: 0.3 * torch.eye(s.n)),
+        (mlo.Neumann(1, 0.3), lambda s, _: 0.3 * torch.eye(s.n)),
     ],
 )
-def test_a_stage_that_maximises(method, inverse):
-    """SGD(maximize=True) on −L, with L2 decay: the same solution as minimising L with it."""
+def test_a_stage_that_maximises(method, inverse, decay):
+    """SGD(maximize=True) on −L, with L2 decay or without: the same solution as minimising L with it."""
     top = zoo.Target(reads=["w"])
     stage = Negated("w", reads=["top"], hypergradient=method)
-    stage.optimizer = optim.SGD(stage.module.parameters(), lr=0.1, maximize=True, weight_decay=0.2)
+    stage.optimizer = optim.SGD(stage.module.parameters(), lr=0.1, maximize=True, weight_decay=decay)
     engine = mlo.Engine([stage, top])
     plain = stage.hessian
-    stage.hessian = plain + 0.2 * torch.eye(6)
+    stage.hessian = plain + decay * torch.eye(6)
     zoo.solve_in_order([stage], top)
     stage.hessian = plain
     # The closed form with the decay in its inverse, at the solution with the decay.
@@ -253,7 +257,7 @@ def test_a_stage_that_maximises(method, inverse):
         "w": zoo.flat(dict(stage.module.named_parameters())),
     }
     total, cotangents = top.direct(values["top"], values)
-    expected = total + stage.couplings["top"].T @ inverse(stage) @ cotangents["w"]
+    expected = total + stage.couplings["top"].T @ inverse(stage, decay) @ cotangents["w"]
     assert zoo.relative_error(zoo.by_engine(engine, top), expected.detach()) < 1e-8
 
 
