@@ -799,6 +799,26 @@ def test_gradients_that_lie_in_one_memory(batches, clip):
         assert torch.allclose(found["b"], b, rtol=1e-12)
 
 
+@pytest.mark.parametrize("method", [mlo.ConjugateGradient(max_steps=1, rtol=0), mlo.Neumann(2, 0.3), mlo.GMRES(1)])
+def test_a_cotangent_of_weights_that_the_stage_s_loss_does_not_reach(method):
+    """They take no part in the system, whose right-hand side is shorter than the cotangent."""
+    scales = torch.tensor([1.0, 3.0])
+    found = []
+    for share in (0.0, 10.0):
+        module = Holder(1.0, 2.0)
+        module.idle = nn.Parameter(torch.ones(3))
+        engine = two_levels(
+            lambda p, _: 0.5 * (scales * (p.params["w"] - p.deps.top.params["w"]).square()).sum(),
+            lambda p, _, share=share: p.deps.low.params["w"].sum() + share * p.deps.low.params["idle"].sum(),
+            low=module,
+            method=method,
+        )
+        found.append(engine.hypergradient("top")["w"])
+        assert torch.allclose(found[-1], found[0], rtol=1e-12)
+    if isinstance(method, mlo.ConjugateGradient):  # c = (1, 1): one step of c·c / c·Hc = 1/2, and then G = −H
+        assert torch.allclose(found[0], scales / 2, rtol=1e-12)
+
+
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_gradients_that_lie_in_one_memory_without_a_response(clip):
     module = nn.Module()
