@@ -48,10 +48,8 @@ class DataFeed:
 
     def preview(self, count: int, devices: Iterable[torch.device]) -> list[Any]:
         """Return the first `count` batches of a fresh run, and leave all generators and the position as they were."""
-        if self._data is None:
-            return [None] * count
-        if type(self._data) in (list, tuple) and self._data:  # which draw from no generator
-            return [self._data[i % len(self._data)] for i in range(count)]  # type: ignore[index, arg-type]
+        if self._data is None or type(self._data) in (list, tuple):  # which draw from no generator
+            return DataFeed(self._problem, self._data).next_batches(count)
         with Preserved(devices), _own_generators_preserved(self._data):
             return DataFeed(self._problem, self._data).next_batches(count)
 

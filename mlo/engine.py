@@ -16,7 +16,7 @@ from mlo.errors import BreakdownError, ConfigurationError, GraphError, MloWarnin
 from mlo.evaluation import Evaluation, number
 from mlo.graph import ProblemGraph
 from mlo.links import Links
-from mlo.member import Member, MicroBatch
+from mlo.member import Member, MicroBatch, cuda_devices
 from mlo.memory import separate_gradients
 from mlo.optimizer_facts import warn_of_unknown_decay
 from mlo.options import is_count
@@ -298,13 +298,9 @@ class Engine:
         self._refresh_members()
         member = self._members[name]
         involved = dict.fromkeys((*self._links[name].responses, *member.seen.values()))
-        devices: dict[torch.device, None] = {}
-        may_draw = False
-        for m in involved:
-            devices.update(dict.fromkeys(m.cuda_devices))
-            may_draw = may_draw or m.host_draws.possible
+        may_draw = any(m.host_draws.possible for m in involved)
         own = leaves(member.trainable)
-        with Preserved(devices, whole=may_draw) as state, self._training_modes_kept(), Differentiating():
+        with Preserved(cuda_devices(involved), whole=may_draw) as state, self._training_modes_kept(), Differentiating():
             previews = Previews(member, state)
             evaluation = self._evaluation(previews, dict(self._warm_starts), [])
             used = previews(member)

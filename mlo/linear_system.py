@@ -49,9 +49,7 @@ class LinearSystem:
     @property
     def rhs_norm(self) -> float:
         """The Euclidean norm ‖c‖ of the right-hand side."""
-        if self._rhs_norm is None:
-            self._rhs_norm = norm(self.rhs)
-        return self._rhs_norm
+        return norm(self.rhs) if self._rhs_norm is None else self._rhs_norm
 
     @property
     def learning_rates(self) -> tuple[float, ...] | None:

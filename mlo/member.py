@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ from mlo.vectors import Vector
 
 #: A batch and the random state in which the loss was evaluated on it.
 MicroBatch = tuple[Any, RandomState]
+
+
+def cuda_devices(members: Iterable[Member]) -> tuple[torch.device, ...]:
+    """Return the devices on which the problems' losses may draw from generators of their own."""
+    return tuple(dict.fromkeys(d for m in members for d in m.cuda_devices))
 
 
 class CheckSchedule:

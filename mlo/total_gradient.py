@@ -13,7 +13,7 @@ from mlo.errors import EvaluationError
 from mlo.evaluation import Binding, Evaluation, loss_and_metrics, replayed
 from mlo.links import Links
 from mlo.losses import unreached, without_graph
-from mlo.member import Member, MicroBatch
+from mlo.member import Member, MicroBatch, cuda_devices
 from mlo.memory import alone, separate_gradients
 from mlo.random_state import Preserved, RandomState
 from mlo.response import pulled_back
@@ -173,12 +173,8 @@ def _sweep(
 
 def _draws_preserved(links: Links) -> Preserved:
     """Leave the generators as they were over a sweep, in which each stage replays the draws of its last step."""
-    devices: dict[torch.device, None] = {}
-    host = False
-    for stage in links.responses:
-        devices.update(dict.fromkeys(stage.cuda_devices))
-        host = host or stage.host_draws.found
-    return Preserved(devices, host=host)
+    host = any(stage.host_draws.found for stage in links.responses)
+    return Preserved(cuda_devices(links.responses), host=host)
 
 
 def _pull_back(

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from mlo.testing.differences import derivative
 from mlo.testing.laws import LAWS
 from mlo.testing.reference import linearised, solved_nested
 from mlo.testing.solver import Equation
+from tests import levels
 
 EXACT = mlo.ConjugateGradient()
 
@@ -635,16 +637,7 @@ def test_the_report_is_a_table_with_a_remedy():
 # --- problems of users -----------------------------------------------------------------------------------------
 
 
-class Problem(mlo.Problem):
-    """A problem whose loss is a function of itself and its batch."""
-
-    def __init__(self, name, module, loss, **options):
-        self.loss = loss
-        options.setdefault("optimizer", torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9))
-        super().__init__(name, module, **options)
-
-    def training_step(self, batch):
-        return self.loss(self, batch)
+Problem = partial(levels.Problem, lr=0.05, momentum=0.9)
 
 
 class Holder(nn.Module):

@@ -192,7 +192,7 @@ class ConjugateGradient(KrylovMethod):
         tolerance = self._tolerance(system.rhs, size)
         adjoint, residual, length = self._start(system, size)
         error = length**2
-        inverse = self._inverse(system, needed=math.sqrt(error) > tolerance)
+        inverse = self._inverse(system, needed=length > tolerance)
         direction: Vector = ()
         best, smallest = adjoint, error
         squared = previous = 0.0

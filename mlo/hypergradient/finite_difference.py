@@ -53,8 +53,9 @@ class FiniteDifference(HypergradientMethod):
 
     Cost: no Hessian–vector product; two forward and two reverse passes, no second-order graph. The shifted parameters
     take the memory of the cotangents where nothing else can refer to it (in an engine, unless a method of one's own
-    keeps them); else there is one copy of the stage's parameters at a time. It reports no gradient norm of the stage:
-    its two gradients are in x alone.
+    keeps them); else there is one copy of the stage's parameters at a time. Whether the loss asks which parameters need
+    a gradient is found out at the second solve, by two more evaluations with their gradients; until then, and where it
+    does, the graph in θ is made too. It reports no gradient norm of the stage: its two gradients are in x alone.
 
     Source: Liu, Simonyan and Yang, "DARTS: differentiable architecture search", ICLR 2019, section 2.3.
 

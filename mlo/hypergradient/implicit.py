@@ -188,13 +188,8 @@ class _Solve(torch.autograd.Function):
 
 def _scaled(tensors: Sequence[Tensor | None], factor: float) -> tuple[Tensor | None, ...]:
     live = [t for t in tensors if t is not None]
-    if not live:
-        return tuple(tensors)
-    found = scale(live, factor)
-    if len(live) == len(tensors):
-        return found
-    each = iter(found)
-    return tuple([None if t is None else next(each) for t in tensors])
+    found = iter(scale(live, factor) if live else ())
+    return tuple([None if t is None else next(found) for t in tensors])
 
 
 def _warm_start_key(stage: StageFunction) -> str | None:

@@ -171,10 +171,7 @@ def _asks_for_gradients(stage: StageFunction, theta: Vector, x: Vector) -> bool:
 
 def _fits(direction: Sequence[Tensor], solution: Sequence[Tensor]) -> bool:
     """Whether the shifted θ can be written over a direction: laid out in the same way, in memory of its own."""
-    for d, t in zip(direction, solution, strict=True):  # noqa: SIM110  (a generator takes longer)
-        if not alone(d) or d.stride() != t.stride():
-            return False
-    return True
+    return all(alone(d) and d.stride() == t.stride() for d, t in zip(direction, solution, strict=True))
 
 
 def _reflect(shifted: Vector, centre: Sequence[Tensor]) -> None:

@@ -14,7 +14,7 @@ from mlo.evaluation import Binding, Evaluation, replayed
 from mlo.graph import ProblemGraph
 from mlo.hypergradient import Dense, HypergradientMethod
 from mlo.links import Links
-from mlo.member import MicroBatch
+from mlo.member import MicroBatch, cuda_devices
 from mlo.random_state import Preserved
 from mlo.solve_batches import Previews
 from mlo.status import SolveReport
@@ -34,10 +34,13 @@ def opened(engine: Engine, name: str) -> Iterator[EngineHierarchy]:
     engine._refresh_members()
     differentiated = engine._members[name]
     members = [differentiated, *(engine._members[q] for q in engine.graph.responses(name))]
-    devices = dict.fromkeys(d for m in engine._members.values() for d in m.devices)
     before = [dict(vars(m)) for m in engine._members.values()]
     try:
-        with Preserved(devices) as state, engine._training_modes_kept(), torch.inference_mode(False):
+        with (
+            Preserved(cuda_devices(engine._members.values())) as state,
+            engine._training_modes_kept(),
+            torch.inference_mode(False),
+        ):
             previews = Previews(differentiated, state)
             for m in members:
                 if m is differentiated or m.solve_feed is None:
