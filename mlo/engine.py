@@ -296,13 +296,12 @@ class Engine:
                 f"Engine.hypergradient({name!r}): expected the name of a problem, one of {', '.join(self.graph.names)}."
             )
         self._refresh_members()
-        member = self._members[name]
-        involved = dict.fromkeys((*self._links[name].responses, *member.seen.values()))
+        member, involved = self._members[name], self._links[name].involved
         may_draw = any(m.host_draws.possible for m in involved)
         own = leaves(member.trainable)
         with Preserved(cuda_devices(involved), whole=may_draw) as state, self._training_modes_kept(), Differentiating():
             previews = Previews(member, state)
-            evaluation = self._evaluation(previews, dict(self._warm_starts), [])
+            evaluation = self._evaluation(previews, dict(self._warm_starts), None)
             used = previews(member)
             for m in involved:  # all are drawn before any loss is evaluated
                 previews(m)
@@ -317,7 +316,7 @@ class Engine:
         self,
         batches: Callable[[Member], list[MicroBatch]],
         warm_starts: MutableMapping[str, Vector],
-        reports: list[SolveReport],
+        reports: list[SolveReport] | None,
     ) -> Evaluation:
         return Evaluation(self.graph, self._links, self._members, batches, warm_starts, reports)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -139,7 +139,7 @@ class Evaluation:
         members: the problems by name.
         batches: for each problem, the batches and random states that its loss is evaluated on.
         warm_starts: where solvers keep their last solutions.
-        reports: the solves, in the order in which they ended.
+        reports: the solves, in the order in which they ended; `None` where nobody reads them.
 
     """
 
@@ -148,7 +148,7 @@ class Evaluation:
     members: Mapping[str, Member]
     batches: Callable[[Member], list[MicroBatch]]
     warm_starts: MutableMapping[str, Vector]
-    reports: list[SolveReport] = field(default_factory=list)
+    reports: list[SolveReport] | None
 
     def add_responses(self, values: dict[str, Vector], order: Iterable[Member], path: str) -> None:
         """Add one response node for each problem of `order` to the values that a loss at `path` sees."""
@@ -198,6 +198,7 @@ class _ProblemStage(StageFunction):
         self.name = path
         self.title = member.title
         self.warm_starts = evaluation.warm_starts
+        self.reports_solves = evaluation.reports is not None
         self._evaluation, self._member = evaluation, member
         self._autocast = Autocast.capture(member.device_types)
 
@@ -276,7 +277,8 @@ class _ProblemStage(StageFunction):
         return self._member.directional_solves == _CHECKED_SOLVE
 
     def record(self, report: SolveReport) -> None:
-        self._evaluation.reports.append(report)
+        if self._evaluation.reports is not None:
+            self._evaluation.reports.append(report)
 
 
 class _StageSpan:

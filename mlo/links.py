@@ -29,6 +29,7 @@ class Links:
             gradient is wanted there.
         hands_over: whether all of their methods leave their results to the caller.
         inputs: the problems whose values its response node takes.
+        involved: those whose losses or values its gradient takes, itself included.
         lower: the problems whose solution depends on it.
 
     """
@@ -48,4 +49,5 @@ class Links:
         self.sweep = tuple((members[d], tuple((q, q in wanted) for q in graph.inputs(d))) for d in reversed(carrying))
         self.hands_over = all(graph.method(d).hands_over for d in carrying)
         self.inputs = tuple(members[q] for q in graph.inputs(name))
+        self.involved = tuple(dict.fromkeys((*self.responses, *members[name].seen.values())))
         self.lower = tuple(members[d] for d in graph.lower(name))

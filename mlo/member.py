@@ -22,7 +22,7 @@ MicroBatch = tuple[Any, RandomState]
 
 def cuda_devices(members: Iterable[Member]) -> tuple[torch.device, ...]:
     """Return the devices on which the problems' losses may draw from generators of their own."""
-    return tuple(dict.fromkeys(d for m in members for d in m.cuda_devices))
+    return tuple(dict.fromkeys([d for m in members for d in m.cuda_devices]))
 
 
 class CheckSchedule:

@@ -136,6 +136,7 @@ class _FunctionalStage(StageFunction):
 
     name = "best_response"
     title = "the loss given to best_response"
+    reports_solves = False
 
     def __init__(
         self,

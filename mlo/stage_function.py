@@ -31,6 +31,7 @@ class StageFunction(ABC):
             stationary point is the one of L + Σ ½·decay·‖θᵢ‖².
         signs: −1 for each tensor of θ along which the optimizer maximises the loss, else 1.
         warm_starts: where solvers keep their last solution; `None` where nothing outlives the node.
+        reports_solves: whether anybody reads the reports of solves that did not break down.
         asks_for_gradients: whether the loss is another one where θ needs no gradient (`if p.requires_grad`), or may be.
         disposable_cotangents: whether nobody needs the cotangents of a pullback after it, so that a method may write to
             them.
@@ -43,6 +44,7 @@ class StageFunction(ABC):
     weight_decays: tuple[float, ...]
     signs: tuple[float, ...]
     warm_starts: MutableMapping[str, Vector] | None = None
+    reports_solves = True
     asks_for_gradients = True
     disposable_cotangents = False
     _solved = False

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from mlo.ambient import GradMode
 from mlo.errors import EvaluationError
 from mlo.evaluation import Binding, Evaluation, loss_and_metrics, replayed
 from mlo.links import Links
@@ -90,8 +89,10 @@ def accumulate_total_gradient(
     cotangents = _arrived(links.proxied, values)
     reached = tuple(cotangents)
     if cotangents:
-        # Outside of training the caller has taken care of the generators.
-        with _draws_preserved(links) if training else nullcontext():
+        if training:
+            with _draws_preserved(links):
+                _sweep(evaluation, member, values, cotangents, own)
+        else:  # the caller has taken care of the generators
             _sweep(evaluation, member, values, cotangents, own)
     if not _any([t.grad for t in own]):
         raise unreached(member.title, evaluation.graph.why_no_gradient(member.name))
@@ -153,7 +154,7 @@ def _sweep(
     so that no node need be made.
     """
     links = evaluation.links[member.name]
-    with torch.no_grad():
+    with GradMode(False):
         for stage, sources in links.sweep:
             given = cotangents.pop(stage.name, None)
             if given is not None and _any(given):

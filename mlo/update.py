@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mlo import bare_step
 from mlo.errors import LossError
 from mlo.member import Member
 from mlo.memory import separate_gradients
@@ -41,7 +42,7 @@ def take_step(
             p.grad = grad
         raise
     before.clear()
-    optimizer.step()
+    bare_step.take(optimizer)
     return total, size
 
 

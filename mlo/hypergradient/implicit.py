@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mlo.ambient import GradMode
 from mlo.autodiff import Point, Stationarity, evaluate_isolated, filled, gradients
 from mlo.errors import ConfigurationError
 from mlo.hypergradient.base import HypergradientMethod
@@ -105,7 +106,7 @@ class ImplicitMethod(HypergradientMethod):
             return self._differentiable_pullback(stage, cotangents, solution, inputs)
         size = norm(cotangents)
         factor = _normalising_factor(size)
-        with torch.no_grad(), self.product.linearised(stage, solution, inputs, needed) as linearisation:
+        with GradMode(False), self.product.linearised(stage, solution, inputs, needed) as linearisation:
             rhs = cotangents if factor == 1.0 else scale(cotangents, factor)
             key = _warm_start_key(stage)
             system = LinearSystem(stage, linearisation, solution, rhs, warm_start_key=key, cotangent_norm=size * factor)
@@ -134,8 +135,10 @@ class ImplicitMethod(HypergradientMethod):
 
     def solve_and_settle(self, stage: StageFunction, system: LinearSystem) -> Vector:
         """Solve, keep λ for a warm start unless it broke down, record the report and apply the policy."""
-        with torch.no_grad():
+        with GradMode(False):
             result = self._checked(self.solve(system), system)
+            read = stage.reports_solves or not result.status.ok
+            distance = norm([g for g in system.gradient if g is not None]) if read else None
         report = SolveReport(
             stage=stage.name,
             method=type(self).__name__,
@@ -143,7 +146,7 @@ class ImplicitMethod(HypergradientMethod):
             iterations=result.iterations,
             relative_residual=result.relative_residual,
             products=system.products,
-            gradient_norm=norm([g for g in system.gradient if g is not None]),
+            gradient_norm=distance,
         )
         if self.keeps_solutions:
             if result.status.ok:

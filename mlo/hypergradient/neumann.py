@@ -18,8 +18,8 @@ from mlo.vectors import Vector, add, add_, norm, rounding_unit, scale, zeros_lik
 
 # A residual that has grown by this factor does not come back, and would overflow in the end.
 _HOPELESS = 1e6
-# A series of a given length is looked at after its first term, every so many more, and at its end: for a small stage a
-# norm takes a tenth of a product's time.
+# A series of a given length is looked at after every so many terms, and at its end: for a small stage a norm takes a
+# tenth of a product's time.
 _LOOKED_AT = 4
 # Terms of a series that is to converge: to the default rtol it takes that many at a condition number of 350, where
 # conjugate gradients take 200 steps at most.
@@ -114,14 +114,14 @@ class Neumann(ImplicitMethod):
             rounding_unit(residual), torch.finfo(torch.float32).eps
         )  # norms are formed in float32 at least
         terms = self.terms or _MOST_TERMS
-        total = tuple([t.clone() for t in residual])
+        total = residual
         for term in range(1, terms + 1):
             if term > 1:
-                add_(total, residual)
+                total = add_(total, residual) if term > 2 else add(total, residual)
             if term < terms:
                 # The right-hand side is not this method's own; what follows is.
                 residual = _next(system, residual, factors, in_place=term > 1)
-                if self.rtol == 0 and term % _LOOKED_AT != 0 and 1 < term < terms - 2:
+                if self.rtol == 0 and term % _LOOKED_AT != 0 and term < terms - 2:
                     continue
                 before, size = size, norm(residual)
             status = _end(size, first, limit)

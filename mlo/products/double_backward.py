@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from mlo.ambient import GradMode
 from mlo.autodiff import filled, gradients
 from mlo.products.base import Linearisation, Product
 from mlo.reverse_pass import reverse_pass
@@ -44,7 +45,6 @@ class DoubleBackward(Product):
 
     differentiable: ClassVar[bool] = True
 
-    @contextmanager
     def linearised(
         self,
         stage: StageFunction,
@@ -52,11 +52,33 @@ class DoubleBackward(Product):
         inputs: Sequence[Tensor],
         needed: Sequence[bool],
         known: Sequence[Tensor | None] | None = None,
-    ) -> Iterator[Linearisation]:
+    ) -> _GraphSpan:
         """Build the graph of the gradient."""
-        theta, x = leaves(solution), leaves(inputs, needed)
-        with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
-            yield _RetainedGraph(stage, evaluate, theta, x)
+        return _GraphSpan(stage, leaves(solution), leaves(inputs, needed))
+
+
+class _GraphSpan:
+    """The span of an evaluation, which may be evaluated again for a checkpoint during each reverse pass."""
+
+    __slots__ = ("_evaluation", "_stage", "_theta", "_x")
+
+    def __init__(self, stage: StageFunction, theta: Vector, x: Vector) -> None:
+        self._stage, self._theta, self._x = stage, theta, x
+        self._evaluation = stage.evaluation(theta, x)
+
+    def __enter__(self) -> Linearisation:
+        with GradMode(True):  # for the responses that the loss reads, too
+            evaluate = self._evaluation.__enter__()
+            try:
+                return _RetainedGraph(self._stage, evaluate, self._theta, self._x)
+            except BaseException as error:
+                self._evaluation.__exit__(type(error), error, error.__traceback__)
+                raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._evaluation.__exit__(kind, error, trace)
 
 
 class _RetainedGraph(Linearisation):
@@ -83,7 +105,7 @@ class _RetainedGraph(Linearisation):
         if self._probe is None:
             # H·v is the derivative of Hᵀ·w in w, which is linear: any w will do.
             w = tuple(torch.zeros_like(t, requires_grad=True) for t in self._theta)
-            with torch.enable_grad():
+            with GradMode(True):
                 linear = gradients(self._g, self._theta, w, create_graph=True, retain_graph=True)
             self._probe = w, filled(linear, self._theta)
         w, transposed = self._probe

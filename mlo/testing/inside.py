@@ -155,7 +155,8 @@ class EngineHierarchy(Hierarchy):
         methods, so that only this method can be wrong.
         """
         graph = _DenseInside(self._graph, stage)
-        evaluation = self._evaluation(graph)
+        solves: list[SolveReport] = []
+        evaluation = self._evaluation(graph, solves)
         wanted, member = self.inputs(stage), self._members[stage]
         values = {q: self._members[q].constants() for q in graph.inputs(stage)}
         leaves = [t.requires_grad_() for q in wanted for t in values[q]]
@@ -163,11 +164,11 @@ class EngineHierarchy(Hierarchy):
             evaluation.add_responses(values, [member], self.name)
             cotangents = separated(cotangent, member.trainable)
             found = iter(partial_derivatives(values[stage], leaves, cotangents, create_graph=False))
-        return {q: joined([next(found) for _ in values[q]]) for q in wanted}, evaluation.reports
+        return {q: joined([next(found) for _ in values[q]]) for q in wanted}, solves
 
-    def _evaluation(self, graph: ProblemGraph) -> Evaluation:
+    def _evaluation(self, graph: ProblemGraph, solves: list[SolveReport] | None = None) -> Evaluation:
         links = {name: Links(graph, self._members, name) for name in graph.names}
-        return Evaluation(graph, links, self._members, lambda m: self._batches[m.name], {}, [])
+        return Evaluation(graph, links, self._members, lambda m: self._batches[m.name], {}, solves)
 
     # --- evaluating a loss -------------------------------------------------------------------------------------
 
