@@ -267,6 +267,20 @@ def test_how_far_a_stage_is_from_solved_stands_in_the_report(method, product):
         assert summary.gradient_norm == pytest.approx(expected, rel=1e-10)
 
 
+def test_a_breakdown_outside_of_training_says_how_far_the_stage_is_from_solved():
+    """The norm is formed only where somebody reads it; a report in an exception is read."""
+    stages, top = zoo.two_levels(mlo.ConjugateGradient(damping=0.0, on_breakdown="raise"))
+    stage = stages[0]
+    stage.hessian = -torch.eye(6)
+    engine = mlo.Engine([*stages, top])
+    zoo.assign(stage.module, torch.ones(6))
+    with pytest.raises(mlo.BreakdownError, match="NEGATIVE_CURVATURE") as caught:
+        engine.hypergradient("top")
+    values = {"top": zoo.flat(dict(top.module.named_parameters())).detach()}
+    expected = (-torch.ones(6) - stage.right_side(values)).norm().item()
+    assert caught.value.report.gradient_norm == pytest.approx(expected, rel=1e-10)
+
+
 def test_an_unrolled_stage_reports_the_gradient_before_its_last_step():
     class Lower(mlo.Problem):
         def training_step(self, batch):

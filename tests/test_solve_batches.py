@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import mlo
 
@@ -73,6 +74,14 @@ def test_further_batches_come_from_the_data_in_turn():
     assert gradient(engine) == pytest.approx(exact(data[1:3]), rel=1e-12), "the first one was for the step"
     assert gradient(engine) == pytest.approx(exact(data[4:6]), rel=1e-12)
     assert engine.hypergradient("top")["w"].item() == pytest.approx(exact(data[4:6]), rel=1e-12), "the last ones"
+
+
+@pytest.mark.parametrize("make", [list, tuple, lambda data: DataLoader(data, batch_size=None)])
+def test_a_preview_begins_with_the_first_batch_again_where_there_are_too_few(make):
+    data = [batch() for _ in range(2)]
+    engine = build(make(data), solve_batches=3)
+    assert engine.hypergradient("top")["w"].item() == pytest.approx(exact([*data, data[0]]), rel=1e-12)
+    assert gradient(engine) == pytest.approx(exact([data[1], data[0], data[1]]), rel=1e-12), "nothing was drawn"
 
 
 @pytest.mark.parametrize("count", [None, 3])

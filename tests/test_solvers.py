@@ -1082,6 +1082,7 @@ def test_a_series_that_grows_is_given_up_while_it_is_finite(terms, iterations):
         (torch.float32, 3e25, 50),
         (torch.float64, 1e-170, 50),
         (torch.float64, 1e-16, 50),
+        (torch.float64, 3e170, 50),
     ],
 )
 def test_a_norm_is_right_where_squares_leave_the_range_of_the_dtype(dtype, entry, count):
@@ -1092,6 +1093,12 @@ def test_a_norm_is_right_where_squares_leave_the_range_of_the_dtype(dtype, entry
     assert norm([vector[:3], vector[3:]]) == pytest.approx(
         expected, rel=1e-4 if dtype == torch.float32 else 1e-12, abs=0
     )
+
+
+def test_a_norm_over_two_dtypes_is_right_where_squares_leave_the_range_of_one():
+    wide, narrow = torch.full((3,), 1e-25, dtype=torch.float64), torch.full((6,), 1e-25, dtype=torch.float32)
+    for vectors in ([wide, narrow], [narrow, wide]):
+        assert norm(vectors) == pytest.approx(3e-25, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize(

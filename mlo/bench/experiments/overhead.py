@@ -59,8 +59,7 @@ def _records(settings: Settings, case: Case, method: Method) -> Iterator[Record]
     if reason is not None:
         yield {"library": by_hand.name, "failure": reason}
         return
-    loops: dict[str, Training] = {by_hand.name: by_hand.training(case, method), _AGAIN: by_hand.training(case, method)}
-    able: dict[str, Library] = {by_hand.name: by_hand}
+    yield from _compared(settings, case, method, by_hand, by_hand.training(case, method))
     for library in settings.libraries:
         if library.name == by_hand.name:
             continue
@@ -68,11 +67,7 @@ def _records(settings: Settings, case: Case, method: Method) -> Iterator[Record]
         if isinstance(loop, str):
             yield {"library": library.name, "failure": loop}
         else:
-            loops[library.name], able[library.name] = loop, library
-    yield from _compared(settings, case, method, loops, able)
-
-
-_AGAIN = "by-hand, again"
+            yield from _compared(settings, case, method, library, loop)
 
 
 def _loop(library: Library, case: Case, method: Method) -> Training | str:
@@ -92,18 +87,17 @@ def _loop(library: Library, case: Case, method: Method) -> Training | str:
     return loop
 
 
-def _compared(
-    settings: Settings, case: Case, method: Method, loops: dict[str, Training], able: dict[str, Library]
-) -> Iterator[Record]:
+def _compared(settings: Settings, case: Case, method: Method, library: Library, loop: Training) -> Iterator[Record]:
+    """Compare a library with two loops by hand, without the others, which would drive its code out of the caches."""
+    loops = {"reference": ByHand().training(case, method), "again": ByHand().training(case, method), "measured": loop}
     pairs = settings.repetitions or (_QUICK_PAIRS if settings.quick else _PAIRS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, loop in loops.items():
-            # The others have made a step already.
-            for _ in range(_WARM_UP if name in (ByHand.name, _AGAIN) else _WARM_UP - 1):
-                loop.step()
+        for each in loops.values():
+            for _ in range(_WARM_UP):
+                each.step()
         times = alternating(
-            {name: loop.step for name, loop in loops.items()},
+            {name: each.step for name, each in loops.items()},
             rounds=pairs,
             seconds=pairs * (_QUICK_SECONDS_PER_PAIR if settings.quick else _SECONDS_PER_PAIR),
             device=settings.device,
@@ -111,23 +105,18 @@ def _compared(
             # driven out of the caches, which costs the more the less arithmetic there is.
             settle=True,
         )
-        again = Ratio.of(times[_AGAIN], times[ByHand.name]).as_record()
-        peaks = {name: peak_bytes(loops[name].step, settings.device) for name in able}
-        passes = {name: reverse_passes(loops[name].step) for name in able}
-        reference = ByHand().hypergradient(case, method)()
-        for name, library in able.items():
-            yield {
-                "library": name,
-                "version": library.version(),
-                "seconds": Seconds.of(times[name]).as_record(),
-                "reverse_passes": passes[name],
-                "memory_bytes": peaks[name],
-                "ratio": Ratio.of(times[name], times[ByHand.name]).as_record(),
-                "raw_ratio": again,
-                "difference": relative_error(library.hypergradient(case, method)(), reference),
-                "objective": loops[name].metric(),
-                "state_bytes": state_bytes(case),
-            }
+        yield {
+            "library": library.name,
+            "version": library.version(),
+            "seconds": Seconds.of(times["measured"]).as_record(),
+            "reverse_passes": reverse_passes(loop.step),
+            "memory_bytes": peak_bytes(loop.step, settings.device),
+            "ratio": Ratio.of(times["measured"], times["reference"]).as_record(),
+            "raw_ratio": Ratio.of(times["again"], times["reference"]).as_record(),
+            "difference": relative_error(library.hypergradient(case, method)(), ByHand().hypergradient(case, method)()),
+            "objective": loop.metric(),
+            "state_bytes": state_bytes(case),
+        }
 
 
 def state_bytes(case: Case) -> int:
