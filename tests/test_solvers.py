@@ -1081,6 +1081,7 @@ def test_a_series_that_grows_is_given_up_while_it_is_finite(terms, iterations):
         (torch.float32, 1e-20, 20_000),  # a square of few digits
         (torch.float32, 3e25, 50),
         (torch.float64, 1e-170, 50),
+        (torch.float64, 3e-158, 50),  # a square of few digits
         (torch.float64, 1e-16, 50),
         (torch.float64, 3e170, 50),
     ],
