@@ -138,6 +138,25 @@ def test_hypergradient_changes_nothing(method, steps_before, train):
     assert engine.problems["stage"]._frame is None
 
 
+def test_the_normal_number_that_numpy_keeps_is_there_after_a_hypergradient():
+    """It is drawn without a change of the words; here by the one problem whose gradient is asked for."""
+
+    class Noisy(mlo.Problem):
+        def training_step(self, batch):
+            return (self.params["w"] * np.random.randn()).sum()
+
+    module = nn.ParameterDict({"w": torch.ones(2)})
+    engine = mlo.Engine([Noisy("noisy", module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))])
+    np.random.seed(0)
+    np.random.randn()
+    before = np.random.get_state(legacy=False)
+    assert before["has_gauss"]
+    kept = before["gauss"]
+    for _ in range(2):
+        assert engine.hypergradient("noisy")["w"].tolist() == pytest.approx([kept, kept])
+        assert_same(before, np.random.get_state(legacy=False))
+
+
 @pytest.mark.parametrize("own_generator", ["none", "loader", "sampler", "batch sampler"])
 def test_hypergradients_leave_the_course_of_training_alone(own_generator):
     """Two runs, one of which asks for hypergradients at every moment, end at the same bits."""

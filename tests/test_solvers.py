@@ -1074,6 +1074,15 @@ def test_a_series_that_grows_is_given_up_while_it_is_finite(terms, iterations):
     assert result.iterations == iterations  # 29⁴ < 1e6; it is looked at after every fourth term, and near the end
 
 
+@pytest.mark.parametrize("terms", [3, 4, 5, 6, 7, 8])
+def test_a_series_that_grows_at_its_end_diverges_though_it_has_shrunk_before(terms):
+    """One part of the residual is gone after a term, the other grows by 1.5 per term, still below the whole of c."""
+    rhs = torch.tensor([100.0, 0.1])
+    result = solved(Neumann(terms=terms, scale=1.0, rtol=0.0), torch.diag(torch.tensor([1.0, 2.5])), rhs)
+    assert result.status is Status.DIVERGED
+    assert result.residual == pytest.approx(0.1 * 1.5 ** (terms - 1) / rhs.norm().item(), rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("dtype", "entry", "count"),
     [
