@@ -118,6 +118,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # SequentialLR uses it itself in old torch
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_steps_after_each_optimizer_step(name):
     stage, twin, own = engine_and_twin(

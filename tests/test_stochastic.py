@@ -43,6 +43,7 @@ def test_the_error_of_a_penalty_is_of_first_order_in_its_inverse():
     assert [a / b for a, b in pairwise(errors)] == pytest.approx([10, 10], rel=0.05)
 
 
+@pytest.mark.filterwarnings("ignore::mlo.BreakdownWarning")  # the network's Hessian need not be definite
 def test_a_penalty_knows_decay_groups_and_maximisation():
     a = hypergradient(mlo.F2SA(steps=5))
     b = hypergradient(mlo.Neumann(terms=5, rtol=0.0))
