@@ -8,6 +8,7 @@ import re
 import warnings
 from functools import cache
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
@@ -253,6 +254,10 @@ def test_alternating_runs_are_made_in_turn_and_end_in_time():
     assert [sorted(made[i : i + 2]) for i in range(0, len(made), 2)] == [["a", "b"]] * 5
     times = alternating({"a": lambda: None}, rounds=100, seconds=0, device=CPU)
     assert len(times["a"]) == 3
+    times = alternating({"slow": lambda: sleep(0.02), "fast": lambda: None}, rounds=30, seconds=0.1, device=CPU)
+    assert 3 <= len(times["slow"]) <= 6, "it has used up its time after five runs at the latest"
+    assert len(times["fast"]) == 30
+    assert Ratio.of(times["slow"], times["fast"]).pairs == len(times["slow"])
 
 
 def test_a_ratio_has_an_interval_that_holds_it():

@@ -28,9 +28,6 @@ from mlo.bench.problems.dense import dense_hypergradient
 from mlo.bench.specification import Method
 from mlo.bench.stage import Case
 
-# torch's own jacfwd, by which the cases are solved, is compiled with it.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-
 LIBRARIES = {library.name: library for library in (Betty(), TorchOpt(), Higher(), Boat())}
 # Rounding, which a central difference divides by its shift, and conjugate gradients carry from step to step.
 SAME = 1e-10

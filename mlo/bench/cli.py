@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--seeds", type=_counts, default=(0,), help="of the problems' data, e.g. 0,1,2; default: 0")
     running.add_argument("--threads", type=_positive, help="of torch; default: 2 for overhead, 1 else")
     running.add_argument("--repetitions", type=_positive, help="timed runs of each case; default: 3 to 100")
-    running.add_argument("--seconds", type=float, help="for the timed runs of one case; default: 1, quick 0.3")
+    running.add_argument(
+        "--seconds", type=float, help="for the timed runs of one library on one case; default: 1, quick 0.3"
+    )
     running.add_argument(
         "--time-limit",
         type=float,

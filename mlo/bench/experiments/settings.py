@@ -30,7 +30,7 @@ class Settings:
         seeds: of the problems' data.
         threads: of torch; otherwise two where whole steps are compared, one else, since small tensors gain nothing.
         repetitions: timed runs of each case, at most.
-        seconds: for the timed runs of one case; then no more are begun.
+        seconds: for the timed runs of one library on one case; then no more are begun.
         time_limit: a call that would take longer, by the growth so far, is left out.
         device: where all of it runs.
         dtype: the precision.

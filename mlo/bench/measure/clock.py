@@ -65,9 +65,9 @@ def alternating(
     Args:
         calls: the functions by name.
         rounds: how many times each is timed,
-        seconds: unless that much time has passed; then no round more is begun.
+        seconds: unless its timed calls have taken that much; then it is left out of further rounds.
         device: its work is waited for before and after each call.
-        least: rounds that are made in any case.
+        least: how many times in any case.
         settle: make an untimed call of the same function before each timed one.
 
     """
@@ -76,10 +76,9 @@ def alternating(
     names = list(calls)
     for call in calls.values():
         call()
-    began = time.perf_counter()
     for done in range(rounds):
-        if done >= least and time.perf_counter() - began > seconds:
-            break
+        if done >= least:
+            names = [name for name in names if sum(times[name]) <= seconds]
         order.shuffle(names)
         for name in names:
             if settle:
@@ -119,13 +118,13 @@ class Ratio:
 
     @classmethod
     def of(cls, times: Sequence[float], reference: Sequence[float]) -> Ratio:
-        """Compare runs pair by pair.
+        """Compare runs pair by pair, as many as both have.
 
         >>> Ratio.of([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
         Ratio(median=2.0, low=2.0, high=2.0, pairs=3)
 
         """
-        ratios = torch.tensor([a / b for a, b in zip(times, reference, strict=True)], dtype=torch.float64)
+        ratios = torch.tensor([a / b for a, b in zip(times, reference, strict=False)], dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(len(ratios), (_RESAMPLES, len(ratios)), generator=generator)
         medians = ratios[drawn].quantile(0.5, dim=1)
