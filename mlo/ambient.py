@@ -55,25 +55,6 @@ def _off(device_types: tuple[str, ...]) -> Autocast:
 _AS_IT_IS = nullcontext()
 
 
-class GradMode:
-    """Gradients on or off over a block: `torch.enable_grad()` and `torch.no_grad()` in a quarter of their time."""
-
-    __slots__ = ("_before", "_on")
-
-    def __init__(self, on: bool) -> None:
-        """Take note of the mode; nothing is set yet."""
-        self._on = on
-
-    def __enter__(self) -> None:
-        """Set it."""
-        self._before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(self._on)
-
-    def __exit__(self, *_: object) -> None:
-        """Set the mode before."""
-        torch._C._set_grad_enabled(self._before)
-
-
 class Differentiating:
     """Gradients on, whatever the caller's mode; backward passes on one thread, since bindings are shared by all.
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlo.ambient import GradMode
 from mlo.reverse_pass import reverse_pass
 from mlo.stage_function import StageFunction, leaves
 from mlo.vectors import Vector
@@ -114,6 +113,6 @@ def _at_fresh_leaves(derivative: PartialDerivative, point: Point, tensors: Seque
     solution = leaves(solution)
     inputs = leaves(inputs, [t.requires_grad for t in inputs])
     further = leaves(further, [t.requires_grad for t in further])
-    with GradMode(True), point.stage.evaluation(solution, inputs) as evaluate:
+    with torch.enable_grad(), point.stage.evaluation(solution, inputs) as evaluate:
         outputs = derivative(lambda: point.stage.gradient(evaluate(), solution), solution, inputs, further, False)
     return tuple(t.detach() for t in outputs)

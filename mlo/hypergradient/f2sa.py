@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mlo.ambient import GradMode
 from mlo.autodiff import filled
 from mlo.hypergradient.base import HypergradientMethod
 from mlo.hypergradient.first_order import first_order_only
@@ -96,7 +95,7 @@ class F2SA(HypergradientMethod):
         needed: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """Return the scaled difference of the gradients in x."""
-        with GradMode(False):
+        with torch.no_grad():
             result = self._difference(stage, tuple(cotangents), tuple(solution), leaves(inputs, needed))
         return first_order_only(self, stage, result, (*cotangents, *solution, *inputs))
 

@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mlo.ambient import GradMode
 from mlo.hypergradient.base import HypergradientMethod
 from mlo.hypergradient.first_order import first_order_only
 from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
@@ -102,7 +101,7 @@ class FiniteDifference(HypergradientMethod):
         """Return the central difference."""
         if not torch.is_grad_enabled():
             return self._central_difference(stage, cotangents, solution, inputs, needed)
-        with GradMode(False):
+        with torch.no_grad():
             result = self._central_difference(stage, cotangents, solution, inputs, needed)
         return first_order_only(self, stage, result, (*cotangents, *solution, *inputs))
 
@@ -147,11 +146,8 @@ class FiniteDifference(HypergradientMethod):
         cotangents: Sequence[Tensor], factors: float | tuple[float, ...], signs: tuple[float, ...]
     ) -> tuple[Sequence[Tensor], float]:
         """Return vectors and a number whose product is d; where all factors are equal, no vector is made."""
-        if not isinstance(factors, tuple):
-            if -1.0 not in signs:
-                return cotangents, factors
-            factors = (factors,) * len(signs)
-        signed = list(map(mul, factors, signs))
+        each = factors if isinstance(factors, tuple) else (factors,) * len(signs)
+        signed = list(map(mul, each, signs))
         if signed.count(signed[0]) == len(signed):
             return cotangents, signed[0]
         return scale(cotangents, signed), 1.0

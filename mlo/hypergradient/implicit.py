@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mlo.ambient import GradMode
 from mlo.autodiff import Point, Stationarity, evaluate_isolated, filled, gradients
 from mlo.errors import ConfigurationError
 from mlo.hypergradient.base import HypergradientMethod
@@ -106,7 +105,7 @@ class ImplicitMethod(HypergradientMethod):
             return self._differentiable_pullback(stage, cotangents, solution, inputs)
         size = norm(cotangents)
         factor = _normalising_factor(size)
-        with GradMode(False), self.product.linearised(stage, solution, inputs, needed) as linearisation:
+        with torch.set_grad_enabled(False), self.product.linearised(stage, solution, inputs, needed) as linearisation:
             rhs = cotangents if factor == 1.0 else scale(cotangents, factor)
             key = _warm_start_key(stage)
             system = LinearSystem(stage, linearisation, solution, rhs, warm_start_key=key, cotangent_norm=size * factor)
@@ -135,7 +134,7 @@ class ImplicitMethod(HypergradientMethod):
 
     def solve_and_settle(self, stage: StageFunction, system: LinearSystem) -> Vector:
         """Solve, keep λ for a warm start unless it broke down, record the report and apply the policy."""
-        with GradMode(False):
+        with torch.set_grad_enabled(False):
             result = self._checked(self.solve(system), system)
             read = stage.reports_solves or not result.status.ok
             distance = norm([g for g in system.gradient if g is not None]) if read else None

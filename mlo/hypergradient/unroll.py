@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from mlo.ambient import GradMode
 from mlo.autodiff import filled, gradients
 from mlo.hypergradient.base import HypergradientMethod
 from mlo.hypergradient.first_order import first_order_only
@@ -120,7 +120,7 @@ class Unroll(HypergradientMethod):
         needed: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """Return the cotangents of the inputs of all recorded steps, added up."""
-        with GradMode(False):
+        with torch.no_grad():
             recording = stage.recording()
             sweep = _Sweep(self.product, stage, recording, tuple(cotangents), needed)
             for first in sorted(recording.starts, reverse=True):
@@ -222,7 +222,7 @@ class _Sweep:
         g = tuple(None if v is None else v.requires_grad_() for v in values)
         before = leaves(state.tensors)
         live = [t for t in g if t is not None]
-        with GradMode(True):
+        with torch.enable_grad():
             after, left = step.update.apply(at, step.clipped(g), State(state.layout, before))
         outputs = [*after, *(left.tensors if self._state_cotangent else ())]
         given = [*self._cotangent, *self._state_cotangent]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlo.ambient import GradMode
 from mlo.autodiff import gradients
 from mlo.errors import ConfigurationError, EvaluationError
 from mlo.memory import alone
@@ -143,7 +142,7 @@ def central_difference(
     # Without need the graph in θ is not made.
     theta = leaves(shifted) if in_theta or stage.asks_for_gradients else shifted
     at = theta if in_theta else x
-    with GradMode(True), stage.evaluation(theta, x) as evaluate:
+    with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
         loss = evaluate()
         there, ahead = loss.item(), gradients((loss,), at)
         _reflect(shifted, solution)
@@ -180,13 +179,13 @@ def _reflect(shifted: Vector, centre: Sequence[Tensor]) -> None:
 
     Past autograd, whose graph of the first side is gone, and past the count of writes: it is not the loss that writes.
     """
-    with GradMode(False):
+    with torch.set_grad_enabled(False):
         torch._foreach_lerp_([t.data for t in shifted], tuple(centre), 2.0)
 
 
 def _check_repeatable(stage: StageFunction, value: Tensor, at: Vector, x: Vector) -> None:
     """Raise an error if the loss has another value in a second evaluation at the same point."""
-    with GradMode(False), stage.evaluation(at, leaves(x, False)) as evaluate:
+    with torch.no_grad(), stage.evaluation(at, leaves(x, False)) as evaluate:
         again = evaluate()
     # Kernels that add up in no fixed order differ by rounding; another random draw differs by much more.
     there, back = value.item(), again.item()

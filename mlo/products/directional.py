@@ -8,9 +8,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from mlo.ambient import GradMode
 from mlo.autodiff import filled, gradients
 from mlo.errors import MloWarning
 from mlo.losses import unreached
@@ -34,7 +34,7 @@ class LossGradients(NamedTuple):
 
 def loss_gradients(stage: StageFunction, theta: Vector, x: Vector) -> LossGradients:
     """Return the gradients of the loss in those tensors that need one, by one forward and one reverse pass."""
-    with GradMode(True), stage.evaluation(theta, x) as evaluate:
+    with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
         found = gradients((evaluate(),), (*theta, *x))
         return LossGradients(found[: len(theta)], found[len(theta) :])
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mlo.ambient import GradMode
 from mlo.autodiff import gradients
 from mlo.products.base import Linearisation, Product
 from mlo.products.directional import DirectionalLinearisation
@@ -56,7 +55,7 @@ class ForwardOverReverse(Product):
 
 class _Tangents(DirectionalLinearisation):
     def derivative(self, direction: Vector, *, in_theta: bool) -> tuple[Tensor | None, ...]:
-        with forward_ad.dual_level(), GradMode(True):
+        with forward_ad.dual_level(), torch.enable_grad():
             dual = tuple(
                 forward_ad.make_dual(t, d.detach())  # type: ignore[no-untyped-call]
                 for t, d in zip(leaves(self.solution), direction, strict=True)
