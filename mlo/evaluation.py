@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mlo.ambient import Autocast
-from mlo.autodiff import gradients
 from mlo.autograd_graph import reject_first_order_operations, reject_reentrant_checkpoints
+from mlo.compiled_loss import Derivatives, Found
 from mlo.errors import ConfigurationError, EvaluationError, LossError
 from mlo.frame import Frame, ModuleSlots
 from mlo.graph import ProblemGraph
@@ -24,7 +24,8 @@ from mlo.optimizer_steps import differentiable_step, optimizer_state, update_der
 from mlo.random_state import RandomState
 from mlo.recording import RecordedStep, Recording
 from mlo.response import respond
-from mlo.stage_function import StageFunction
+from mlo.reverse_pass import gradients
+from mlo.stage_function import LossHere, StageFunction
 from mlo.status import SolveReport
 from mlo.vectors import Vector
 
@@ -281,8 +282,8 @@ class _ProblemStage(StageFunction):
             self._evaluation.reports.append(report)
 
 
-class _StageSpan:
-    """The span of an evaluation of a stage; its value is the function that evaluates the loss."""
+class _StageSpan(LossHere):
+    """The span of an evaluation of a stage, and in it the loss."""
 
     __slots__ = (
         "_again",
@@ -291,6 +292,7 @@ class _StageSpan:
         "_batches",
         "_binding",
         "_checked",
+        "_compiled",
         "_evaluation",
         "_member",
         "_path",
@@ -310,7 +312,7 @@ class _StageSpan:
         self._values, self._path, self._autocast = values, path, autocast
         self._again = False
 
-    def __enter__(self) -> Callable[[], Tensor]:
+    def __enter__(self) -> LossHere:
         evaluation, member = self._evaluation, self._member
         # What writes to its arguments does so in training too, where every evaluation is checked.
         self._checked = member.in_methods.due()
@@ -318,6 +320,8 @@ class _StageSpan:
         self._ambient.__enter__()
         try:
             nested = evaluation.links[member.name].nested
+            # Checks look at the graph; and torch.compile does not go into the nodes of responses.
+            self._compiled = member.compiled is not None and not self._checked and not nested
             if nested:
                 evaluation.add_responses(self._values, nested, self._path)
             self._binding = Binding(
@@ -327,7 +331,7 @@ class _StageSpan:
         except BaseException as error:
             self._ambient.__exit__(type(error), error, error.__traceback__)
             raise
-        return self._evaluate
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -337,19 +341,47 @@ class _StageSpan:
         finally:
             self._ambient.__exit__(kind, error, trace)
 
-    def _evaluate(self) -> Tensor:
+    def __call__(self) -> Tensor:
         member, checked, batches = self._member, self._checked, self._batches
-        if self._again:
-            self._binding.renew_buffers()
-        self._again = True
+        self._begin()
         if len(batches) == 1:
-            loss = replayed(member, *batches[0], checked=checked)[0]
+            loss = replayed(member, *batches[0], checked=checked).loss
         else:
-            losses = [replayed(member, batch, state, checked=checked)[0] for batch, state in batches]
+            losses = [replayed(member, batch, state, checked=checked).loss for batch, state in batches]
             loss = torch.stack(losses).mean()
         if checked:
             self._evaluation.reject_bypasses(member, loss, own_parameters=False)
         return loss
+
+    def value_and_gradients(self, at: Sequence[Tensor]) -> tuple[float, Found]:
+        wanted = tuple([t for t in at if t.requires_grad]) if self._compiled else ()
+        if not wanted:
+            return super().value_and_gradients(at)
+        value, found = self._mean(Derivatives(wanted))
+        return value, _placed(found, at)
+
+    def gradient_and_mixed_product(
+        self, theta: Vector, x: Vector, vector: Sequence[Tensor], *, gradient_too: bool
+    ) -> tuple[Found | None, Found]:
+        wanted = tuple([t for t in x if t.requires_grad]) if self._compiled else ()
+        if not wanted:
+            return super().gradient_and_mixed_product(theta, x, vector, gradient_too=gradient_too)
+        found = self._mean(Derivatives(theta, wanted, tuple(vector), gradient_too))[1]
+        if not gradient_too:
+            return None, _placed(found, x)
+        return found[: len(theta)], _placed(found[len(theta) :], x)
+
+    def _mean(self, derivatives: Derivatives) -> tuple[float, Found]:
+        self._begin()
+        member, batches = self._member, self._batches
+        found = [replayed(member, batch, state, checked=False, compiled=derivatives) for batch, state in batches]
+        value = sum(o.loss.item() for o in found) / len(found)
+        return value, mean_derivatives([o.derivatives for o in found if o.derivatives is not None])
+
+    def _begin(self) -> None:
+        if self._again:
+            self._binding.renew_buffers()
+        self._again = True
 
 
 class _StageAtStep(_ProblemStage):
@@ -371,39 +403,75 @@ class _StageAtStep(_ProblemStage):
         return self._recorded
 
 
-def loss_and_metrics(member: Member, batch: Any, *, checked: bool = True) -> tuple[Tensor, dict[str, float]]:
-    """Evaluate a problem's loss on one batch, and take what it logs beside it.
+def _placed(found: Found, at: Sequence[Tensor]) -> Found:
+    """Return what was found for those of `at` that need a gradient, `None` for the others."""
+    given = iter(found)
+    return tuple([next(given) if t.requires_grad else None for t in at])
+
+
+class Outcome(NamedTuple):
+    """What one evaluation of a loss gave.
+
+    Attributes:
+        loss: a finite scalar; without a graph where `derivatives` are given.
+        metrics: what is logged beside it.
+        derivatives: those that were asked for.
+
+    """
+
+    loss: Tensor
+    metrics: dict[str, float]
+    derivatives: Found | None
+
+
+def mean_derivatives(found: Sequence[Found]) -> Found:
+    """Return the derivatives of the mean loss of several batches."""
+    if len(found) == 1:
+        return found[0]
+    means: list[Tensor | None] = []
+    for parts in zip(*found, strict=True):
+        present = [t for t in parts if t is not None]
+        means.append(sum(present[1:], start=present[0]) / len(parts) if present else None)
+    return tuple(means)
+
+
+def outcome(member: Member, batch: Any, *, checked: bool = True, compiled: Derivatives | None = None) -> Outcome:
+    """Evaluate a problem's loss on one batch, with derivatives where they are to come from compiled code.
 
     Raises:
         EvaluationError: (if `checked`) it changed the batch in place.
 
     """
     versions = _versions(batch) if checked else None
-    result = member.problem.training_step(batch)
+    found: Found | None = None
+    if compiled is None:
+        result = member.problem.training_step(batch)
+    else:
+        result, found = member.compiled_loss(batch, compiled)
     if checked and versions != _versions(batch):
         raise EvaluationError(
             f"{member.title} changed its batch in place; expected a loss that only reads it, since a batch is used "
             "again when the stage's response is differentiated. Use an out-of-place operation, or clone() first."
         )
     if isinstance(result, Tensor) or not isinstance(result, Mapping):
-        return checked_loss(result, member.title), {}
+        return Outcome(checked_loss(result, member.title), {}, found)
     if "loss" not in result:
         raise LossError(
             f"{member.title} returned a dict with {', '.join(map(repr, result)) or 'nothing'}; expected the key 'loss'."
         )
     metrics = {key: number(value, f"{member.title}, {key!r}") for key, value in result.items() if key != "loss"}
-    return checked_loss(result["loss"], member.title), metrics
+    return Outcome(checked_loss(result["loss"], member.title), metrics, found)
 
 
 def replayed(
-    member: Member, batch: Any, state: RandomState, *, checked: bool = True
-) -> tuple[Tensor, dict[str, float]]:
+    member: Member, batch: Any, state: RandomState, *, checked: bool = True, compiled: Derivatives | None = None
+) -> Outcome:
     """Evaluate a problem's loss with the random draws that begin at `state`."""
     state.restore()
     if not member.host_draws.unknown:
-        return loss_and_metrics(member, batch, checked=checked)
+        return outcome(member, batch, checked=checked, compiled=compiled)
     before = member.host_draws.before()
-    result = loss_and_metrics(member, batch, checked=checked)
+    result = outcome(member, batch, checked=checked, compiled=compiled)
     member.host_draws.after(before)
     return result
 

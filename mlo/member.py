@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mlo.compiled_loss import CompiledLoss, Derivatives, Found
 from mlo.data_feed import DataFeed
 from mlo.frame import ModuleSlots, ParameterNames, ParameterSlots
 from mlo.optimizer_facts import OptimizerFacts
@@ -70,6 +71,7 @@ class Member:
         asks_for_gradients: whether the loss is another one where the problem's parameters need no gradient, or may be.
         options_seen: how often its fixed options had been set when they were last compared with the engine's.
         host_draws: whether its loss draws from Python's or NumPy's generator.
+        compiled: the loss with its gradient as one compiled function, if the problem asks for it.
         title: how errors name its loss.
         seen: the problem itself, and then those that its loss reads, by name, in the order of the graph.
 
@@ -89,6 +91,7 @@ class Member:
         self.options_seen = problem._options_set
         self.host_draws = HostDraws()
         self.title = f"problem {problem.name!r}: training_step"
+        self.compiled = None if problem.compile is None else CompiledLoss(self.title, problem.compile)
         self._find_parameters()
         self.see({self.name: self})
 
@@ -117,6 +120,15 @@ class Member:
             return False
         self._find_parameters()
         return True
+
+    def compiled_loss(self, batch: Any, derivatives: Derivatives) -> tuple[Any, Found]:
+        """Return what `training_step` returns, and derivatives of the loss, from compiled code."""
+        assert self.compiled is not None, self.name
+        frame = self.problem._frame
+        assert frame is not None, self.name
+        for name in self.seen:
+            frame.parameters(name)  # what is kept after the first use would be another function at the second
+        return self.compiled(self.problem.training_step, batch, derivatives)
 
     def constants(self) -> Vector:
         """Return the present values of the trainable parameters as constants."""

@@ -31,3 +31,13 @@ def separate_gradients(parameters: Iterable[Tensor]) -> None:
     for p in parameters:
         if p.grad is not None and not alone(p.grad):
             p.grad = p.grad.clone()
+
+
+def laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """Return a gradient in memory of its own, laid out like the parameter, as autograd leaves it in `.grad`.
+
+    Compiled code may hand out an expanded number, or one tensor twice.
+    """
+    if alone(gradient) and gradient.stride() == like.stride():
+        return gradient
+    return torch.empty_like(like).copy_(gradient)

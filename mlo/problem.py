@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from mlo.compiled_loss import compile_options
 from mlo.errors import ConfigurationError, DependencyError
 from mlo.frame import Frame, Parameters
 from mlo.hypergradient import HypergradientMethod
@@ -28,6 +29,7 @@ FIXED_OPTIONS = (
     "hypergradient",
     "solve_data",
     "start_from",
+    "compile",
 )
 _ADJUSTABLE = ("steps", "accumulate", "warmup", "scheduler", "grad_clip", "solve_batches")
 _RESERVED = (*FIXED_OPTIONS, *_ADJUSTABLE, "params", "deps", "__call__", "__setattr__")
@@ -100,6 +102,7 @@ class Problem(ABC):
         solve_batches: int | None = None,
         solve_data: Iterable[Any] | None = None,
         start_from: str | None = None,
+        compile: bool | Mapping[str, Any] | None = None,  # noqa: A002  (torch's name)
     ) -> None:
         """Keep the definition of the problem; every option is checked as it is set."""
         self.name = name
@@ -115,9 +118,12 @@ class Problem(ABC):
         self.solve_batches = solve_batches
         self.solve_data = solve_data
         self.start_from = start_from
+        self.compile = compile  # type: ignore[assignment]
 
     depends_on: Mapping[str, str]
     constants: tuple[str, ...]
+    #: The arguments of `torch.compile`; `None` where nothing is compiled.
+    compile: dict[str, Any] | None
     #: Set by the engine for the span of an evaluation.
     _frame: Frame | None = None
     #: How often one of the fixed options was set.
@@ -328,6 +334,16 @@ class Problem(ABC):
             )
         return scheduler
 
+    def _checked_compile(self, value: object) -> dict[str, Any] | None:
+        if value is None or value is False:
+            return None
+        if value is not True and not isinstance(value, Mapping):
+            raise self._error("compile", "True, False, or a dict of arguments for torch.compile", repr(value))
+        try:
+            return compile_options(value)
+        except ValueError as error:
+            raise ConfigurationError(f"problem {self.name!r}, compile: expected {error}.") from None
+
     def _checked_clip(self, clip: object) -> float | None:
         if clip is None:
             return None
@@ -352,6 +368,7 @@ _CHECKS: Mapping[str, Callable[[Problem, Any], object]] = {
     "solve_batches": lambda p, value: None if value is None else p._checked_count("solve_batches", value, 1),
     "start_from": lambda p, value: p._checked_start(value),
     "solve_data": lambda p, value: p._checked_data(value, "solve_data"),
+    "compile": Problem._checked_compile,
 }
 
 

@@ -18,7 +18,7 @@ from mlo.hypergradient import HypergradientMethod
 from mlo.hypergradient.scaling import missing_learning_rate
 from mlo.losses import checked_loss
 from mlo.random_state import Preserved, RandomState
-from mlo.stage_function import StageFunction
+from mlo.stage_function import LossHere, StageFunction
 from mlo.status import SolveReport
 from mlo.vectors import Vector
 
@@ -160,24 +160,32 @@ class _FunctionalStage(StageFunction):
         self.warm_starts = warm_starts
 
     @contextmanager
-    def evaluation(self, solution: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Callable[[], Tensor]]:
+    def evaluation(self, solution: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[LossHere]:
         arguments = tuple(
             pytree.tree_unflatten(list(t), s) for t, s in zip((solution, inputs), self._structures, strict=True)
         )
-
-        def evaluate() -> Tensor:
-            self._random.restore()
-            loss = checked_loss(self._loss(*arguments), self.title)
-            if self._method.needs_second_derivatives and not self._inspected:
-                self._inspected = True
-                reject_first_order_operations(loss, self.title, type(self._method).__name__)
-            return loss
-
         with Preserved(self._devices), self._autocast.restored():
-            yield evaluate
+            yield _FunctionHere(self, arguments)
+
+    def evaluate(self, *arguments: Any) -> Tensor:
+        """Return the loss, with the random draws of the call."""
+        self._random.restore()
+        loss = checked_loss(self._loss(*arguments), self.title)
+        if self._method.needs_second_derivatives and not self._inspected:
+            self._inspected = True
+            reject_first_order_operations(loss, self.title, type(self._method).__name__)
+        return loss
 
     def record(self, report: SolveReport) -> None:
         pass
+
+
+class _FunctionHere(LossHere):
+    def __init__(self, stage: _FunctionalStage, arguments: tuple[Any, ...]) -> None:
+        self._stage, self._arguments = stage, arguments
+
+    def __call__(self) -> Tensor:
+        return self._stage.evaluate(*self._arguments)
 
 
 def best_response(

@@ -37,6 +37,39 @@ def reverse_pass(
     return _engine(outputs, given, keep, create_graph, inputs, allow_unreachable=True, accumulate_grad=False)
 
 
+def gradients(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Return Σ ∂outputsᵢ/∂inputs · cotangentsᵢ, `None` where there is no dependence at all.
+
+    Without cotangents the outputs are scalars, and their cotangents 1. Unlike `torch.autograd.grad` it accepts outputs
+    that are `None` or constant and inputs that need no gradient: a loss that is linear or constant in an argument
+    leaves such holes.
+    """
+    live = [o for o in outputs if o is not None and o.requires_grad]
+    wanted = [t for t in inputs if t.requires_grad]
+    if not live or not wanted:
+        return (None,) * len(inputs)
+    if cotangents is not None and len(live) < len(outputs):
+        pairs = zip(cotangents, outputs, strict=True)
+        cotangents = [c for c, o in pairs if o is not None and o.requires_grad]
+    weights = None if cotangents is None else tuple(cotangents)
+    found = reverse_pass(tuple(live), tuple(wanted), weights, create_graph=create_graph, retain_graph=retain_graph)
+    for t in found:
+        if t is not None and t.is_sparse:
+            found = tuple([t if t is None or not t.is_sparse else t.to_dense() for t in found])
+            break
+    if len(found) == len(inputs):
+        return found
+    given = iter(found)
+    return tuple([next(given) if t.requires_grad else None for t in inputs])
+
+
 def accumulate(loss: Tensor, inputs: Sequence[Tensor]) -> None:
     """Add the gradient of a scalar to `.grad` of the inputs, as `loss.backward(inputs=inputs)` does."""
     given = tuple(inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,9 +12,32 @@ from torch import Tensor
 from mlo.errors import ConfigurationError
 from mlo.losses import unreached
 from mlo.recording import RecordedStep, Recording
-from mlo.reverse_pass import reverse_pass
+from mlo.reverse_pass import gradients, reverse_pass
 from mlo.status import SolveReport
 from mlo.vectors import Vector
+
+
+class LossHere(ABC):
+    """The loss at the point that a span has bound; each call evaluates it."""
+
+    @abstractmethod
+    def __call__(self) -> Tensor:
+        """Return the loss with its graph."""
+
+    def value_and_gradients(self, at: Sequence[Tensor]) -> tuple[float, tuple[Tensor | None, ...]]:
+        """Return the loss and its gradient in `at`, `None` where it does not reach or no gradient is needed."""
+        loss = self()
+        return loss.item(), gradients((loss,), at)
+
+    def gradient_and_mixed_product(
+        self, theta: Vector, x: Vector, vector: Sequence[Tensor], *, gradient_too: bool
+    ) -> tuple[tuple[Tensor | None, ...] | None, tuple[Tensor | None, ...]]:
+        """Return ∂L/∂θ and vᵀ ∂²L/∂θ∂x, `None` where the loss does not reach or no gradient is needed.
+
+        The first may be left out where it is not wanted.
+        """
+        slope = gradients((self(),), theta, create_graph=True)
+        return slope, gradients(slope, x, vector)
 
 
 class StageFunction(ABC):
@@ -59,9 +82,7 @@ class StageFunction(ABC):
         return first
 
     @abstractmethod
-    def evaluation(
-        self, solution: Sequence[Tensor], inputs: Sequence[Tensor]
-    ) -> AbstractContextManager[Callable[[], Tensor]]:
+    def evaluation(self, solution: Sequence[Tensor], inputs: Sequence[Tensor]) -> AbstractContextManager[LossHere]:
         """Bind the two points for a span and hand out the function that evaluates the loss there.
 
         It may be called several times, and is the same function each time.
@@ -112,6 +133,13 @@ class StageFunction(ABC):
         if all(g is None for g in gradients):
             raise unreached(self.title)
         return self.stationarity(gradients, solution)
+
+    def signed(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return `vector` with the signs that g has beside the gradient of the loss."""
+        signs = self.signs
+        if signs.count(1.0) == len(signs):
+            return vector
+        return [sign * v for sign, v in zip(signs, vector, strict=True)]
 
     def stationarity(self, gradients: Sequence[Tensor | None], solution: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Return g for gradients of the loss itself, as the optimizer sees them: with its sign and its L2 decay."""

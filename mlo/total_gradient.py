@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mlo.compiled_loss import Derivatives
 from mlo.errors import EvaluationError
-from mlo.evaluation import Binding, Evaluation, loss_and_metrics, replayed
+from mlo.evaluation import Binding, Evaluation, Outcome, outcome, replayed
 from mlo.links import Links
 from mlo.losses import unreached, without_graph
 from mlo.member import Member, MicroBatch, cuda_devices
-from mlo.memory import alone, separate_gradients
+from mlo.memory import alone, laid_out, separate_gradients
 from mlo.random_state import Preserved, RandomState
 from mlo.response import pulled_back
 from mlo.reverse_pass import accumulate
@@ -73,20 +74,24 @@ def accumulate_total_gradient(
     schedule = member.in_training if training else member.in_methods
     with Binding(member, values, own_parameters=training, spare_buffers=not training) as frame:
         for i, batch in enumerate(batches):
+            due = schedule.due()
+            # Checks look at the graph, which compiled code does not make.
+            compiled = None if member.compiled is None or due else Derivatives(tuple(inputs))
             if states is None:
-                loss, metrics = _training_evaluation(member, batch, seen if repeatable else None)
+                found = _training_evaluation(member, batch, seen if repeatable else None, compiled)
             else:
                 seen.append((batch, states[i]))
-                loss, metrics = replayed(member, batch, states[i])
-            if not loss.requires_grad:
+                found = replayed(member, batch, states[i], compiled=compiled)
+            loss = found.loss
+            if not loss.requires_grad and compiled is None:
                 raise without_graph(member.title, evaluation.graph.why_no_gradient(member.name))
-            if schedule.due():
+            if due:
                 evaluation.reject_bypasses(member, loss, own_parameters=training)
                 if i == 0:
                     _reject_hidden_gradients(member, own, bool(links.proxied))
-            _add_gradients(loss, inputs, len(batches))
+            _add_gradients(found, inputs, len(batches))
             losses.append(loss.item())
-            logged.append(metrics)
+            logged.append(found.metrics)
     cotangents = _arrived(links.proxied, values)
     reached = tuple(cotangents)
     if cotangents:
@@ -98,12 +103,17 @@ def accumulate_total_gradient(
     return TotalGradient(sum(losses) / len(losses), _means(logged), seen, frame.used, reached)
 
 
-def _add_gradients(loss: Tensor, inputs: Sequence[Tensor], batches: int) -> None:
+def _add_gradients(found: Outcome, inputs: Sequence[Tensor], batches: int) -> None:
     """Add the gradient of one of the batches to `.grad` of the inputs, of which the loss is the mean."""
-    if batches == 1:
-        accumulate(loss, inputs)
+    if found.derivatives is not None:
+        for t, g in zip(inputs, found.derivatives, strict=True):
+            if g is not None:
+                share = g if batches == 1 else g / batches
+                t.grad = laid_out(share if t.grad is None else t.grad + share, t)
+    elif batches == 1:
+        accumulate(found.loss, inputs)
     else:
-        accumulate(loss / batches, inputs)
+        accumulate(found.loss / batches, inputs)
         separate_gradients(inputs)  # since those of the next batch are added in place
 
 
@@ -129,12 +139,14 @@ def _means(logged: Sequence[dict[str, float]]) -> dict[str, float]:
     return means
 
 
-def _training_evaluation(member: Member, batch: Any, seen: list[MicroBatch] | None) -> tuple[Tensor, dict[str, float]]:
+def _training_evaluation(
+    member: Member, batch: Any, seen: list[MicroBatch] | None, compiled: Derivatives | None
+) -> Outcome:
     """Evaluate the loss of a training step, and add to `seen` with which random state it is to be repeated."""
     if seen is None:
-        return loss_and_metrics(member, batch)
+        return outcome(member, batch, compiled=compiled)
     state, before = RandomState.capture(member.cuda_devices, host=False), member.host_draws.before()
-    result = loss_and_metrics(member, batch)
+    result = outcome(member, batch, compiled=compiled)
     host = member.host_draws.after(before)
     seen.append((batch, state if host is None else state._replace(host=host)))
     return result

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from mlo.hypergradient.implicit import ImplicitMethod, Solution
+import torch
+from torch import Tensor
+
+from mlo.hypergradient.implicit import ImplicitMethod, Solution, gradient_norm, is_read, normalising_factor, scaled
 from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
 from mlo.linear_system import LinearSystem
-from mlo.status import Status
-from mlo.vectors import norm, scale
+from mlo.stage_function import StageFunction
+from mlo.status import SolveReport, Status
+from mlo.vectors import Vector, norm, scale
 
 # Below this a vector's length is in the range of every dtype.
 _IN_RANGE = 1e4
@@ -48,6 +54,8 @@ class Identity(ImplicitMethod):
 
     scale: Scale = 1.0
 
+    hands_over: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
@@ -61,10 +69,35 @@ class Identity(ImplicitMethod):
 
     def solve(self, system: LinearSystem) -> Solution:
         """Return scale·c."""
-        factors = scale_factors(self, self.scale, system)
-        adjoint = scale(system.rhs, factors)
+        adjoint, status = self._scaled(system.rhs, system.rhs_norm, scale_factors(self, self.scale, system))
+        return Solution(adjoint, status, iterations=0, relative_residual=None)
+
+    def pullback(
+        self,
+        stage: StageFunction,
+        cotangents: Sequence[Tensor],
+        solution: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Return −scale·Gᵀ c; λ is known before g, so that g and the product can be formed together."""
+        if torch.is_grad_enabled() or type(self).solve is not Identity.solve:  # or a subclass has a rule of its own
+            return super().pullback(stage, cotangents, solution, inputs, needed)
+        size, factors = norm(cotangents), scale_factors(self, self.scale, stage)
+        factor = normalising_factor(size)
+        rhs = cotangents if factor == 1.0 else scale(cotangents, factor)
+        adjoint, status = self._scaled(rhs, size * factor, factors)
+        read = is_read(stage, status)
+        gradient, mixed = self.product.only_mixed_product(stage, solution, inputs, needed, adjoint, gradient_too=read)
+        distance = gradient_norm(gradient) if read and gradient is not None else None
+        self.settle(stage, SolveReport(stage.name, type(self).__name__, status, 0, None, 0, distance))
+        return scaled(mixed, -1 / factor)
+
+    @staticmethod
+    def _scaled(rhs: Sequence[Tensor], size: float, factors: float | tuple[float, ...]) -> tuple[Vector, Status]:
+        """Return λ = scale·c and whether it is finite, for c of length `size`."""
+        adjoint = scale(rhs, factors)
         largest = max(factors) if isinstance(factors, tuple) else factors
         # An upper bound of ‖λ‖, known without looking at its entries.
-        finite = system.rhs_norm * largest < _IN_RANGE or math.isfinite(norm(adjoint))
-        status = Status.APPROXIMATE if finite else Status.NON_FINITE
-        return Solution(adjoint, status, iterations=0, relative_residual=None)
+        finite = size * largest < _IN_RANGE or math.isfinite(norm(adjoint))
+        return adjoint, Status.APPROXIMATE if finite else Status.NON_FINITE

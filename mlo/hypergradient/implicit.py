@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Point, Stationarity, evaluate_isolated, filled, gradients
+from mlo.autodiff import Point, Stationarity, evaluate_isolated, filled
 from mlo.errors import ConfigurationError
 from mlo.hypergradient.base import HypergradientMethod
 from mlo.hypergradient.first_order import first_order_only
 from mlo.linear_system import LinearSystem
 from mlo.products import DoubleBackward, Product
+from mlo.reverse_pass import gradients
 from mlo.stage_function import StageFunction
 from mlo.status import SolveReport, Status
 from mlo.vectors import Vector, norm, scale
@@ -104,14 +105,14 @@ class ImplicitMethod(HypergradientMethod):
         if torch.is_grad_enabled() and self.differentiable:
             return self._differentiable_pullback(stage, cotangents, solution, inputs)
         size = norm(cotangents)
-        factor = _normalising_factor(size)
+        factor = normalising_factor(size)
         with torch.set_grad_enabled(False), self.product.linearised(stage, solution, inputs, needed) as linearisation:
             rhs = cotangents if factor == 1.0 else scale(cotangents, factor)
             key = _warm_start_key(stage)
             system = LinearSystem(stage, linearisation, solution, rhs, warm_start_key=key, cotangent_norm=size * factor)
             adjoint = self.solve_and_settle(stage, system)
             mixed = linearisation.mixed_product(adjoint)
-        return first_order_only(self, stage, _scaled(mixed, -1 / factor), (*cotangents, *solution, *inputs))
+        return first_order_only(self, stage, scaled(mixed, -1 / factor), (*cotangents, *solution, *inputs))
 
     def _differentiable_pullback(
         self, stage: StageFunction, cotangents: Sequence[Tensor], solution: Sequence[Tensor], inputs: Sequence[Tensor]
@@ -136,8 +137,7 @@ class ImplicitMethod(HypergradientMethod):
         """Solve, keep λ for a warm start unless it broke down, record the report and apply the policy."""
         with torch.set_grad_enabled(False):
             result = self._checked(self.solve(system), system)
-            read = stage.reports_solves or not result.status.ok
-            distance = norm([g for g in system.gradient if g is not None]) if read else None
+            distance = gradient_norm(system.gradient) if is_read(stage, result.status) else None
         report = SolveReport(
             stage=stage.name,
             method=type(self).__name__,
@@ -162,7 +162,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, method: ImplicitMethod, point: Point, transposed: bool, *tensors: Tensor) -> Vector:
         solution, inputs, cotangents = point.split(tensors)
-        factor = _normalising_factor(norm(cotangents))
+        factor = normalising_factor(norm(cotangents))
         wanted = [False] * len(inputs)
         with method.product.linearised(point.stage, solution, inputs, wanted) as linearisation:
             system = LinearSystem(
@@ -188,7 +188,18 @@ class _Solve(torch.autograd.Function):
         return None, None, None, *(t.neg() if t.is_floating_point() else t for t in changes), *mu
 
 
-def _scaled(tensors: Sequence[Tensor | None], factor: float) -> tuple[Tensor | None, ...]:
+def is_read(stage: StageFunction, status: Status) -> bool:
+    """Return whether the report of a solve that ended so is read."""
+    return stage.reports_solves or not status.ok
+
+
+def gradient_norm(gradient: Sequence[Tensor | None]) -> float:
+    """Return ‖g‖ over the parameters that take part."""
+    return norm([g for g in gradient if g is not None])
+
+
+def scaled(tensors: Sequence[Tensor | None], factor: float) -> tuple[Tensor | None, ...]:
+    """Return a multiple of vectors some of which are missing."""
     live = [t for t in tensors if t is not None]
     found = iter(scale(live, factor) if live else ())
     return tuple([None if t is None else next(found) for t in tensors])
@@ -199,7 +210,7 @@ def _warm_start_key(stage: StageFunction) -> str | None:
     return stage.name if stage.first_solve() else None
 
 
-def _normalising_factor(size: float) -> float:
+def normalising_factor(size: float) -> float:
     """Return a power of two that brings c near length 1 if its square could leave the range of its dtype."""
     if size == 0 or not math.isfinite(size) or _SAFE[0] < size < _SAFE[1]:
         return 1.0

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mlo.autodiff import filled, gradients
+from mlo.autodiff import filled
 from mlo.hypergradient.base import HypergradientMethod
 from mlo.hypergradient.first_order import first_order_only
 from mlo.optimizer_steps import State
@@ -18,6 +18,7 @@ from mlo.options import is_count
 from mlo.products import DoubleBackward, Product
 from mlo.products.directional import loss_gradients
 from mlo.recording import RecordedStep, Recording
+from mlo.reverse_pass import gradients
 from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport, Status
 from mlo.vectors import Vector, norm

@@ -73,3 +73,20 @@ class Product(ABC):
             known: ∂L/∂θ there, where it was formed before; a product that needs its graph evaluates it all the same.
 
         """
+
+    def only_mixed_product(
+        self,
+        stage: StageFunction,
+        solution: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+        vector: Sequence[Tensor],
+        *,
+        gradient_too: bool,
+    ) -> tuple[tuple[Tensor | None, ...] | None, tuple[Tensor | None, ...]]:
+        """Return g and Gᵀ·vector where no product with H is wanted; `vector` has a tensor for each of θ.
+
+        The first may be left out where it is not wanted.
+        """
+        with self.linearised(stage, solution, inputs, needed) as linearisation:
+            return linearisation.gradient, linearisation.mixed_product(linearisation.taking_part(vector))

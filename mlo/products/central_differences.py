@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlo.autodiff import gradients
 from mlo.errors import ConfigurationError, EvaluationError
 from mlo.memory import alone
 from mlo.options import is_number
@@ -143,21 +142,19 @@ def central_difference(
     theta = leaves(shifted) if in_theta or stage.asks_for_gradients else shifted
     at = theta if in_theta else x
     with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
-        loss = evaluate()
-        there, ahead = loss.item(), gradients((loss,), at)
+        there, ahead = evaluate.value_and_gradients(at)
         _reflect(shifted, solution)
-        loss = evaluate()
-        back, behind = loss.item(), gradients((loss,), at)
+        back, behind = evaluate.value_and_gradients(at)
     if abs(there - back) > _SUSPICIOUS * max(abs(there), abs(back)) and stage.repetition_check_due():
-        _check_repeatable(stage, loss, theta, x)
+        _check_repeatable(stage, back, theta, x)
     return differences(ahead, behind, factor)
 
 
 def _asks_for_gradients(stage: StageFunction, theta: Vector, x: Vector) -> bool:
     """Whether ∂L/∂x is another one where θ needs a gradient: `sum(… for p in parameters if p.requires_grad)`."""
-    needing = loss_gradients(stage, leaves(theta), x).x
+    needing = loss_gradients(stage, leaves(theta), x, seldom=True).x
     try:
-        others = loss_gradients(stage, theta, x).x
+        others = loss_gradients(stage, theta, x, seldom=True).x
     except RuntimeError:  # it takes a gradient in θ itself, or looks for a graph
         return True
     for a, b in zip(needing, others, strict=True):
@@ -183,12 +180,12 @@ def _reflect(shifted: Vector, centre: Sequence[Tensor]) -> None:
         torch._foreach_lerp_([t.data for t in shifted], tuple(centre), 2.0)
 
 
-def _check_repeatable(stage: StageFunction, value: Tensor, at: Vector, x: Vector) -> None:
+def _check_repeatable(stage: StageFunction, there: float, at: Vector, x: Vector) -> None:
     """Raise an error if the loss has another value in a second evaluation at the same point."""
     with torch.no_grad(), stage.evaluation(at, leaves(x, False)) as evaluate:
         again = evaluate()
     # Kernels that add up in no fixed order differ by rounding; another random draw differs by much more.
-    there, back = value.item(), again.item()
+    back = again.item()
     if abs(there - back) > math.sqrt(torch.finfo(again.dtype).eps) * max(abs(there), abs(back)):
         stage.repetition_failed()
         raise EvaluationError(

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mlo.autodiff import filled, gradients
+from mlo.autodiff import filled
 from mlo.errors import MloWarning
 from mlo.losses import unreached
 from mlo.products.base import Linearisation
+from mlo.reverse_pass import gradients
 from mlo.stage_function import StageFunction, leaves
 from mlo.vectors import Vector, dot, norm, rounding_unit, zeros_like
 
@@ -32,10 +33,14 @@ class LossGradients(NamedTuple):
     x: tuple[Tensor | None, ...]
 
 
-def loss_gradients(stage: StageFunction, theta: Vector, x: Vector) -> LossGradients:
-    """Return the gradients of the loss in those tensors that need one, by one forward and one reverse pass."""
+def loss_gradients(stage: StageFunction, theta: Vector, x: Vector, *, seldom: bool = False) -> LossGradients:
+    """Return the gradients of the loss in those tensors that need one, by one forward and one reverse pass.
+
+    What is needed `seldom` is not worth being compiled.
+    """
+    at = (*theta, *x)
     with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
-        found = gradients((evaluate(),), (*theta, *x))
+        found = gradients((evaluate(),), at) if seldom else evaluate.value_and_gradients(at)[1]
         return LossGradients(found[: len(theta)], found[len(theta) :])
 
 
@@ -177,6 +182,7 @@ def _slope(
             stage,
             leaves(solution),
             tuple(t.detach() if c is None else t.detach() + s * c for t, c in zip(inputs, change, strict=True)),
+            seldom=True,
         ).theta
         for s in (shift, -shift)
     )

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mlo.autodiff import filled, gradients
+from mlo.autodiff import filled
 from mlo.products.base import Linearisation, Product
-from mlo.reverse_pass import reverse_pass
+from mlo.reverse_pass import gradients, reverse_pass
 from mlo.stage_function import StageFunction, leaves
 from mlo.vectors import Vector
 
@@ -54,6 +54,24 @@ class DoubleBackward(Product):
     ) -> _GraphSpan:
         """Build the graph of the gradient."""
         return _GraphSpan(stage, leaves(solution), leaves(inputs, needed))
+
+    def only_mixed_product(
+        self,
+        stage: StageFunction,
+        solution: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+        vector: Sequence[Tensor],
+        *,
+        gradient_too: bool,
+    ) -> tuple[tuple[Tensor | None, ...] | None, tuple[Tensor | None, ...]]:
+        """Form both at once, which may be one compiled function."""
+        theta, x = leaves(solution), leaves(inputs, needed)
+        with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
+            slope, mixed = evaluate.gradient_and_mixed_product(
+                theta, x, stage.signed(vector), gradient_too=gradient_too
+            )
+        return slope and stage.stationarity(slope, theta), mixed
 
 
 class _GraphSpan:

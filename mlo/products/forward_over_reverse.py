@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mlo.autodiff import gradients
 from mlo.products.base import Linearisation, Product
 from mlo.products.directional import DirectionalLinearisation
+from mlo.reverse_pass import gradients
 from mlo.stage_function import StageFunction, leaves
 from mlo.vectors import Vector
 

@@ -73,9 +73,7 @@ def _records(settings: Settings, case: Case, method: Method) -> Iterator[Record]
             able[library.name] = library
         else:
             yield {"library": library.name, "failure": reason}
-    calls = {name: partial(library.hypergradient, case, method) for name, library in able.items()}
-    countable = {name: library.countable for name, library in able.items()}
-    for name, measurement in measured(calls, settings, rounds=_ROUNDS, countable=countable).items():
+    for name, measurement in measured(able, case, method, settings, rounds=_ROUNDS).items():
         record = {"library": name, "version": able[name].version(), "error": _error(measurement, exact)}
         yield {**record, **measurement.as_record()}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 
 from mlo.bench.experiments.measured import Measurement, described, measured, refusal, relative_error
 from mlo.bench.experiments.settings import Settings, Task
@@ -91,8 +90,7 @@ def _task(settings: Settings, problem: str, size: str, seed: int, method: Method
                 able[library.name] = library
             elif library.name in _COMPARED:
                 yield {"library": library.name, "failure": reason}
-        calls = {name: partial(library.hypergradient, case, method) for name, library in able.items()}
-        found = measured(calls, settings, rounds=_ROUNDS, memory=False)
+        found = measured(able, case, method, settings, rounds=_ROUNDS, memory=False)
         for name, measurement in found.items():
             if measurement.seconds is not None:
                 growth[name].note(int(length), measurement.seconds.median)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,37 +75,38 @@ def described(error: BaseException) -> str:
 
 
 def measured(
-    calls: Mapping[str, Callable[[], Callable[[], Any]]],
+    libraries: Mapping[str, Library],
+    case: Case,
+    method: Method,
     settings: Settings,
     *,
     rounds: int,
-    countable: Mapping[str, bool] | None = None,
     memory: bool = True,
 ) -> dict[str, Measurement]:
     """Prepare each library, call it once for its result, time all in turn, and count.
 
     Args:
-        calls: for each library what prepares its call.
+        libraries: those that can, by name.
+        case: the problem.
+        method: the approximation.
         settings: the repetitions and the device.
         rounds: timed runs, unless the settings say otherwise.
-        countable: whether reverse passes and memory can be counted.
         memory: whether memory is measured.
 
     """
-    found = {name: Measurement() for name in calls}
+    found = {name: Measurement() for name in libraries}
     ready: dict[str, Callable[[], Any]] = {}
-    for name, prepare in calls.items():
-        call = _first(found[name], prepare, countable is None or countable[name])
+    for name, library in libraries.items():
+        call = _first(found[name], partial(library.hypergradient, case, method), library.passes_countable)
         if call is not None:
             ready[name] = call
     rounds = settings.repetitions or rounds
     with _quiet():
         # What has threads of its own disturbs the call after it, which an untimed one takes away.
-        settle = countable is not None and not all(countable[name] for name in ready)
+        settle = not all(libraries[name].countable for name in ready)
         _time(found, ready, settings, rounds, settle)
         for name, call in ready.items():
-            if countable is None or countable[name]:
-                _count(found[name], call, settings.device, memory)
+            _count(found[name], call, libraries[name], settings.device, memory)
     return found
 
 
@@ -149,12 +151,15 @@ def _time(
         found[name].seconds = Seconds.of(runs)
 
 
-def _count(measurement: Measurement, call: Callable[[], Any], device: torch.device, memory: bool) -> None:
-    if _seconds(measurement) > _LONG:
+def _count(
+    measurement: Measurement, call: Callable[[], Any], library: Library, device: torch.device, memory: bool
+) -> None:
+    if not library.countable or _seconds(measurement) > _LONG:
         return
     try:
         # The least of two calls: a library may make checks in its first ones, and now and then.
-        measurement.reverse_passes = min(reverse_passes(call) or 0 for _ in range(2)) or None
+        if library.passes_countable:
+            measurement.reverse_passes = min(reverse_passes(call) or 0 for _ in range(2)) or None
         if memory and _seconds(measurement) < _LONG_FOR_MEMORY:
             measurement.memory_bytes = peak_bytes(call, device)
     except Exception as error:

@@ -30,8 +30,10 @@ class Library(ABC):
 
     #: Its name on the command line and in records.
     name: ClassVar[str]
-    #: Whether its work is done by this process's torch, where reverse passes and memory can be counted.
+    #: Whether its work is done by this process's torch, where memory can be counted.
     countable: ClassVar[bool] = True
+    #: Whether its reverse passes are runs of autograd's engine, which can be counted too.
+    passes_countable: ClassVar[bool] = True
 
     @abstractmethod
     def version(self) -> str:

@@ -30,6 +30,7 @@ class JAXopt(Peer):
     install = "pip install jaxopt"
     kinds = ("cg", "gmres", "dense", "unroll")
     countable: ClassVar[bool] = False
+    passes_countable: ClassVar[bool] = False
 
     def refuses(self, case: Case, method: Method) -> str | None:
         """Return what it lacks, or that the problem is not written out."""

@@ -12,9 +12,14 @@ import mlo
 from mlo.bench.libraries.base import Library, Training
 from mlo.bench.specification import NYSTROM_DAMPING, SHIFT, Method
 from mlo.bench.stage import Case, Gradient, Stage
+from mlo.compiled_loss import missing_support
 
 # An engine whose upper problem warms up for ever trains the stages alone.
 _FOR_EVER = 10**9
+
+# What `compile=True` is for, and the calls in which everything is compiled: every other one of the first is a check.
+_COMPILED = ("fd", "identity")
+_UNTIL_COMPILED = 6
 
 
 class StageProblem(mlo.Problem):
@@ -61,6 +66,8 @@ class Ours(Library):
     """`mlo.Engine`."""
 
     name = "mlo"
+    #: Whether losses and gradients are compiled.
+    compiled = False
 
     def version(self) -> str:
         """Return the version of `mlo`."""
@@ -96,12 +103,11 @@ class Ours(Library):
         """Return the engine's own loop."""
         return _EngineTraining(self._engine(case, method, training=True), case)
 
-    @staticmethod
-    def _engine(case: Case, method: Method, *, training: bool) -> mlo.Engine:
+    def _engine(self, case: Case, method: Method, *, training: bool) -> mlo.Engine:
         problems = []
         for stage in case.stages:
             module = stage.beginning() if training else stage.module()
-            options: dict[str, Any] = {"steps": stage.steps if training else 1}
+            options: dict[str, Any] = {"steps": stage.steps if training else 1, "compile": self.compiled}
             if training:
                 options["optimizer"] = optimizer_of(stage, module.parameters())
             elif method.kind == "unroll" and stage is not case.upper:
@@ -116,6 +122,32 @@ class Ours(Library):
             batches = stage.batches if training else [stage.batches[i % len(stage.batches)] for i in range(drawn)]
             problems.append(StageProblem(stage, module, batches, **options))
         return mlo.Engine(problems)
+
+
+class OursCompiled(Ours):
+    """`mlo.Engine` over problems with `compile=True`. Compiling is no part of the time."""
+
+    name = "mlo-compiled"
+    passes_countable = False
+    compiled = True
+
+    def unavailable(self) -> str | None:
+        """Return what torch lacks."""
+        missing = missing_support()
+        return None if missing is None else f"expected {missing}"
+
+    def refuses(self, case: Case, method: Method) -> str | None:
+        """Return what it lacks."""
+        if method.kind not in _COMPILED:
+            return f"no product with a Hessian is compiled, so that {method.kind} is that of mlo"
+        return super().refuses(case, method)
+
+    def hypergradient(self, case: Case, method: Method) -> Callable[[], Gradient]:
+        """Return `engine.hypergradient` at the solutions, compiled."""
+        found = super().hypergradient(case, method)
+        for _ in range(_UNTIL_COMPILED):
+            found()
+        return found
 
 
 class _EngineTraining(Training):

@@ -16,6 +16,7 @@ _WIDTH, _HEIGHT, _LEGEND, _DPI = 5.2, 4.0, 0.4, 100
 # The same library has the same colour and marker in all plots.
 _STYLES = {
     "mlo": ("#0b5394", "o"),
+    "mlo-compiled": ("#3d85c6", "*"),
     "by-hand": ("#666666", "x"),
     "betty": ("#cc0000", "s"),
     "torchopt": ("#e69138", "^"),

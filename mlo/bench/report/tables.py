@@ -9,7 +9,7 @@ from typing import Any
 from mlo.bench.records import Record
 from mlo.bench.report.selection import Machine, case_of, grouped, in_order, machines
 
-_OURS, _BY_HAND = "mlo", "by-hand"
+_OURS, _COMPILED, _BY_HAND = "mlo", "mlo-compiled", "by-hand"
 # Reverse passes up to which the best errors are compared.
 _BUDGETS = (5, 10, 25, 60, 110)
 #: An error below is one of rounding, and not compared.
@@ -100,7 +100,9 @@ def _best(machine: Machine) -> list[str]:
         for budget in _BUDGETS:
             within = [r for r in records if r["reverse_passes"] <= budget]
             ours = min((r for r in within if r["library"] == _OURS), key=_error, default=None)
-            peer = min((r for r in within if r["library"] not in (_OURS, _BY_HAND)), key=_error, default=None)
+            peer = min(
+                (r for r in within if r["library"] not in (_OURS, _COMPILED, _BY_HAND)), key=_error, default=None
+            )
             cells.append(f"{_best_cell(ours, False)} · {_best_cell(peer, True)}")
         rows.append(cells)
     if not any("–" not in cell for row in rows for cell in row[1:]):

@@ -1,0 +1,193 @@
+"""A problem's loss and its gradient as one graph that `torch.compile` has made."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Hashable, Mapping
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mlo.errors import MloWarning
+from mlo.vectors import Vector
+
+Found = tuple[Tensor | None, ...]
+
+# torch's switch for tracing a reverse pass together with the forward pass that it goes back through.
+_SWITCH = "trace_autograd_ops"
+
+
+class Derivatives(NamedTuple):
+    """Which derivatives of a loss L are wanted.
+
+    Attributes:
+        at: the tensors in which the gradient is.
+        mixed_at: x, if it is not the gradient that is wanted but vᵀ ∂²L/∂at∂x.
+        vector: v.
+        gradient_too: whether it is both.
+
+    """
+
+    at: Vector
+    mixed_at: Vector = ()
+    vector: Vector = ()
+    gradient_too: bool = False
+
+
+class CompiledLoss:
+    """The loss of one problem with its derivatives, as compiled functions.
+
+    `torch.compile` by itself makes a graph of the forward pass and another one of the reverse pass, between which
+    autograd keeps what the second needs, and none of a second derivative. One graph of all passes takes no autograd
+    when it runs, and forms nothing that the result does not need. It is compiled anew for what makes it another
+    function: shapes, training mode, which tensors need a gradient.
+    """
+
+    def __init__(self, title: str, options: Mapping[str, Any]) -> None:
+        """Prepare; nothing is compiled before the first call. Warnings call the loss by its `title`."""
+        self._title, self._options = title, options
+        self._functions: dict[Hashable, Callable[..., tuple[Any, Found]]] = {}
+        self._given_up = False
+        failures = torch._dynamo.exc
+        self._failures = (failures.TorchDynamoException, failures.FailOnRecompileLimitHit)
+
+    def __call__(self, function: Callable[[Any], Any], batch: Any, derivatives: Derivatives) -> tuple[Any, Found]:
+        """Return what `function(batch)` returns, without a graph, and derivatives of the loss in it.
+
+        Of two, they come one after the other; `None` stands for what the loss does not reach. What torch cannot compile
+        is run as it is, from then on, with a warning that says why.
+        """
+        config: Any = torch._dynamo.config
+        before = config.trace_autograd_ops
+        config.trace_autograd_ops = True
+        try:
+            return self._run(function, batch, derivatives)
+        except self._failures as error:
+            self._warn(error)
+        finally:
+            config.trace_autograd_ops = before
+        self._given_up = True
+        return self._run(function, batch, derivatives)
+
+    def _run(self, function: Callable[[Any], Any], batch: Any, derivatives: Derivatives) -> tuple[Any, Found]:
+        if self._given_up:
+            return _derivatives(function, batch, *derivatives)
+        # One function for all of them would be compiled for any shape once it was called with a second one.
+        kind = tuple([t.shape for t in derivatives.at]), tuple([t.shape for t in derivatives.mixed_at])
+        found = self._functions.get(kind)
+        if found is None:
+            found = self._functions[kind] = _compiled(_derivatives, self._options)
+        return found(function, batch, *derivatives)
+
+    def _warn(self, error: Exception) -> None:
+        warnings.warn(
+            f"{self._title} and its derivatives cannot be compiled as one function; they are run as they are from here "
+            f"on. Change what torch.compile objects to, or leave compile= out. {_reason(error)}",
+            MloWarning,
+            stacklevel=2,
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Return what torch says, without its advice: the fault, the explanation if there is one, and the place."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    explained = [line for line in lines if line.startswith("Explanation:")]
+    places = [line for line in lines if line.startswith("File ")]
+    return "; ".join([f"{type(error).__name__}: {lines[0] if lines else ''}", *explained[:1], *places[-1:]])
+
+
+def _compiled(function: Any, options: Mapping[str, Any]) -> Callable[..., tuple[Any, Found]]:
+    """Return a compiled copy. Torch keeps what it knows of shapes, and a few variants, for each name and code."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_COPIES)}")
+    return torch.compile(FunctionType(code, function.__globals__), **{**options, "fullgraph": True})
+
+
+_COPIES = itertools.count()
+
+
+def _derivatives(
+    function: Callable[[Any], Any], batch: Any, at: Vector, mixed_at: Vector, vector: Vector, gradient_too: bool
+) -> tuple[Any, Found]:
+    result = function(batch)
+    if not mixed_at:
+        return _detached(result), _slopes((_loss(result),), at)
+    found = _slopes((_loss(result),), at, create_graph=True)
+    mixed = _slopes(found, mixed_at, vector)
+    if not gradient_too:
+        return _detached(result), mixed  # and none of what only the gradient needs is computed
+    return _detached(result), (*[None if t is None else t.detach() for t in found], *mixed)
+
+
+def _slopes(outputs: Found, at: Vector, vector: Vector | None = None, create_graph: bool = False) -> Found:
+    """Return the same as `reverse_pass.gradients`, in terms that torch.compile can trace."""
+    live: list[Tensor] = []
+    cotangents: list[Tensor] = []
+    for i, output in enumerate(outputs):
+        if output is not None and output.requires_grad:
+            live.append(output)
+            if vector is not None:
+                cotangents.append(vector[i])
+    if not live:
+        return (None,) * len(at)
+    return torch.autograd.grad(live, at, cotangents or None, create_graph=create_graph, allow_unused=True)
+
+
+def _loss(result: Any) -> Tensor:
+    return result["loss"] if isinstance(result, Mapping) else result  # type: ignore[no-any-return]
+
+
+def _detached(result: Any) -> Any:
+    if isinstance(result, Mapping):
+        return {key: value.detach() if isinstance(value, Tensor) else value for key, value in result.items()}
+    return result.detach()
+
+
+def missing_support() -> str | None:
+    """Return what was expected of torch if it cannot compile reverse passes, `None` if it can."""
+    if hasattr(torch._dynamo.config, _SWITCH):
+        return None
+    return (
+        f"a torch that can compile reverse passes (with torch._dynamo.config.{_SWITCH}, as 2.13); got torch "
+        f"{torch.__version__}. Leave compile= out"
+    )
+
+
+def compile_options(given: bool | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `torch.compile` for what a problem's option `compile` says.
+
+    The random draws of compiled code are to be those of eager code, since a loss is evaluated by either.
+
+    Raises:
+        ValueError: there is no such argument, or not with this torch; the message says what was expected.
+
+    """
+    missing = missing_support()
+    if missing is not None:
+        raise ValueError(missing)
+    arguments = {} if isinstance(given, bool) else dict(given)
+    known = list(inspect.signature(torch.compile).parameters)[1:]
+    unknown = [name for name in arguments if name not in known]
+    if unknown:
+        raise ValueError(f"arguments of torch.compile ({', '.join(known)}); got {', '.join(map(repr, unknown))}")
+    if arguments.pop("fullgraph", True) is not True:
+        raise ValueError("fullgraph=True (derivatives go through the whole loss); got fullgraph=False")
+    try:
+        if arguments.get("backend", "inductor") == "inductor":
+            options = dict(arguments.get("options") or {})
+            if arguments.get("mode") is not None:
+                options = {**torch._inductor.list_mode_options(arguments.pop("mode")), **options}
+            arguments["options"] = {"fallback_random": True, "triton.cudagraphs": False, **options}
+        torch.compile(lambda: None, **arguments)
+    except RuntimeError as error:
+        raise ValueError(f"what torch.compile knows; got {given}: {str(error)[:200]}") from None
+    if "cudagraphs" in str(arguments.get("backend")) or (arguments.get("options") or {}).get("triton.cudagraphs"):
+        raise ValueError(
+            "compiled code that leaves its results to the caller (CUDA graphs write the next ones over them, those of "
+            "the other side of a difference); got a mode or backend with CUDA graphs. Use mode='default' or "
+            "'max-autotune-no-cudagraphs'"
+        )
+    return arguments

@@ -1,0 +1,323 @@
+"""Problems with `compile=`: one compiled function of the loss and its derivatives, and the same results as without.
+
+Most tests use the backend that captures the passes and runs them eagerly: what could go wrong is what is captured, and
+that it is taken for the same function at another time. One takes the default backend, which needs a C++ compiler.
+"""
+
+import copy
+import math
+import shutil
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import mlo
+from mlo import compiled_loss
+
+CAPTURED = {"backend": "aot_eager"}
+FIRST_ORDER = {
+    "fd": mlo.FiniteDifference(),
+    "identity": mlo.Identity(scale=None),
+    "neumann by differences": mlo.Neumann(terms=3, scale=0.1, rtol=0, product=mlo.CentralDifferences()),
+    "f2sa": mlo.F2SA(),
+}
+
+pytestmark = [
+    pytest.mark.skipif(
+        not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch compiles no reverse pass"
+    ),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batches(count, first=0):
+    generator = torch.Generator().manual_seed(first)
+    return [(torch.randn(10, 5, generator=generator), torch.arange(10) % 3) for _ in range(count)]
+
+
+class Network(mlo.Problem):
+    """Weighted examples; `temperature` is a number that may change between steps."""
+
+    temperature = 1.0
+
+    def training_step(self, batch):
+        x, y = batch
+        weights = self.deps.weights.params["logit"].sigmoid()
+        logits = self(x)
+        loss = self.temperature * (weights * F.cross_entropy(logits, y, reduction="none")).mean()
+        loss = loss + 0.05 * sum(p.square().sum() for p in self.params.values())
+        return {"loss": loss, "accuracy": (logits.argmax(1) == y).double().mean(), "compiled": compiling()}
+
+
+class Validation(mlo.Problem):
+    def training_step(self, batch):
+        x, y = batch
+        return {"loss": F.cross_entropy(self.deps.network(x), y), "compiled": compiling()}
+
+
+def compiling():
+    return float(torch.compiler.is_compiling())
+
+
+def engine_of(compiled, method, *, problem=Network, layers=(), frozen=False, **options):
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Linear(5, 6), *[layer() for layer in layers], nn.Tanh(), nn.Linear(6, 3))
+    if frozen:
+        network[0].bias.requires_grad_(False)
+    logit = nn.ParameterDict({"logit": torch.linspace(-1, 1, 10)})
+    lower = problem(
+        "network",
+        network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01),
+        data=batches(4),
+        depends_on=["weights"],
+        hypergradient=method,
+        compile=compiled,
+        **options,
+    )
+    upper = Validation(
+        "weights",
+        logit,
+        optimizer=torch.optim.Adam(logit.parameters(), lr=0.05),
+        data=batches(2, first=7),
+        depends_on=["network"],
+        compile=compiled,
+    )
+    return mlo.Engine([lower, upper])
+
+
+def trained(engine, steps=12):
+    """Return everything that training has led to, and one more hypergradient."""
+    for _ in range(steps):
+        engine.step()
+    torch.manual_seed(2)
+    found = [t for p in engine.problems.values() for t in p.module.state_dict().values()]
+    return [t.detach().clone() for t in (*found, *engine.hypergradient("weights").values())]
+
+
+def assert_same(found, expected):
+    """Equal but for rounding, which differences of gradients enlarge by the inverse of the shift."""
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+VARIANTS = {
+    "plain": {},
+    "batch norm and dropout": {"layers": (lambda: nn.BatchNorm1d(6), lambda: nn.Dropout(0.5))},
+    "several batches": {"accumulate": 2},
+    "other batches for solves": {"solve_batches": 3},
+    "a frozen parameter": {"frozen": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("method", FIRST_ORDER)
+def test_training_and_hypergradients_are_those_of_eager_code(method, variant):
+    options = VARIANTS[variant]
+    eager = trained(engine_of(False, FIRST_ORDER[method], **options))
+    assert_same(trained(engine_of(CAPTURED, FIRST_ORDER[method], **options)), eager)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+@pytest.mark.parametrize("method", ["fd", "identity"])
+def test_the_default_compiler_gives_the_same_with_the_same_dropout_masks(method):
+    options = VARIANTS["batch norm and dropout"]
+    eager = trained(engine_of(False, FIRST_ORDER[method], **options), steps=4)
+    assert_same(trained(engine_of(True, FIRST_ORDER[method], **options), steps=4), eager)
+
+
+def test_what_is_no_check_is_compiled():
+    """Evaluations 1, 2, 4, 8, … look at the graph of the loss, which compiled code has none of."""
+    engine = engine_of(CAPTURED, mlo.FiniteDifference())
+    compiled = []
+    for _ in range(8):
+        reports = engine.step()
+        compiled.append(tuple(reports[name].metrics["compiled"] for name in ("network", "weights")))
+    assert compiled == [(float(i not in (1, 2, 4, 8)),) * 2 for i in range(1, 9)]
+
+
+def test_compiled_derivatives_are_those_of_the_closed_form():
+    """w*(x) = x² / 4 for the loss 2w² − x²·w, whose Hessian is 4: Identity(1/4) and its difference are exact."""
+
+    class Lower(mlo.Problem):
+        def training_step(self, batch):
+            w, x = self.params["w"], self.deps.upper.params["x"]
+            return (2 * w.square() - w * x.square()).sum()
+
+    class Upper(mlo.Problem):
+        def training_step(self, batch):
+            return self.deps.lower.params["w"].pow(3).sum()
+
+    x = torch.tensor([1.0, -2.0, 3.0])
+    for method in (mlo.Identity(scale=0.25), mlo.FiniteDifference(scale=0.25)):
+        low, top = nn.ParameterDict({"w": x.square() / 4}), nn.ParameterDict({"x": x.clone()})
+        lower = Lower("lower", low, depends_on=["upper"], hypergradient=method, compile=CAPTURED)
+        engine = mlo.Engine([lower, Upper("upper", top, depends_on=["lower"], compile=CAPTURED)])
+        for _ in range(6):
+            found = engine.hypergradient("upper")["x"]
+        torch.testing.assert_close(found, 3 * (x.square() / 4).square() * x / 2, rtol=1e-8, atol=0)
+
+
+def test_a_stage_that_the_upper_problem_maximises_over():
+    """The sign of g is that of the optimizer, in compiled products as in others."""
+
+    def hypergradient(compiled):
+        engine = engine_of(compiled, mlo.Identity(scale=0.3))
+        engine.problems["network"].optimizer.param_groups[0]["maximize"] = True
+        return [engine.hypergradient("weights")["logit"] for _ in range(6)][-1]
+
+    torch.testing.assert_close(hypergradient(CAPTURED), hypergradient(False), rtol=1e-9, atol=0)
+
+
+def test_reports_are_those_of_eager_code():
+    found = []
+    for compiled in (False, CAPTURED):
+        engine = engine_of(compiled, mlo.Identity(scale=0.1))
+        found.append(engine.run(7))
+    for name, eager in found[0].items():
+        captured = found[1][name]
+        assert captured.loss == pytest.approx(eager.loss, rel=1e-9)
+        assert captured.gradient_norm == pytest.approx(eager.gradient_norm, rel=1e-9)
+        assert captured.metrics.get("accuracy") == eager.metrics.get("accuracy")
+    norms = [reports["weights"].solves["weights/network"].gradient_norm for reports in found]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-9)
+
+
+class Sums(mlo.Problem):
+    """Whose gradients are a number that is expanded, and one tensor twice."""
+
+    def training_step(self, batch):
+        a, b, c = self.params.values()
+        return a.sum() + (batch * (b + c)).sum()
+
+
+def test_gradients_have_memory_of_their_own_in_the_layout_of_their_parameters():
+    """As autograd leaves them: clipping, optimizers and users write to them in place."""
+    module = nn.ParameterDict({name: torch.ones(3, 4).t() for name in "abc"})
+    batch = torch.arange(12.0).view(4, 3)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    engine = mlo.Engine([Sums("sums", module, optimizer=optimizer, data=[batch], grad_clip=1.0, compile=CAPTURED)])
+    length = math.sqrt(12 + 2 * batch.square().sum().item())
+    for _ in range(3):
+        assert engine.step()["sums"].gradient_norm == pytest.approx(length)
+    for p, expected in zip(module.values(), (torch.ones(4, 3), batch, batch), strict=True):
+        assert p.grad.stride() == p.stride()
+        torch.testing.assert_close(p.grad, expected / length)
+
+
+def test_it_is_compiled_a_fixed_number_of_times():
+    engine = engine_of(CAPTURED, mlo.FiniteDifference())
+    for _ in range(7):
+        engine.step()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(20):
+        engine.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0
+
+
+def test_a_number_that_changes_from_step_to_step_is_not_taken_for_a_constant():
+    found = []
+    for compiled in (False, CAPTURED):
+        engine = engine_of(compiled, mlo.FiniteDifference())
+        for i in range(8):
+            engine.problems["network"].temperature = 1 + 0.3 * i
+            engine.step()
+        found.append(trained(engine, steps=1))
+    assert_same(*found)
+
+
+class Prints(Network):
+    def training_step(self, batch):
+        print(end="")
+        return super().training_step(batch)
+
+
+@pytest.mark.parametrize("method", ["fd", "identity"])
+def test_what_torch_cannot_compile_is_run_as_it_is_with_one_warning(method):
+    eager = trained(engine_of(False, FIRST_ORDER[method]))
+    engine = engine_of(CAPTURED, FIRST_ORDER[method], problem=Prints)
+    with pytest.warns(mlo.MloWarning, match=r"problem 'network': training_step.*print.*test_compiled_loss") as caught:
+        found = trained(engine)
+    assert len([w for w in caught if issubclass(w.category, mlo.MloWarning)]) == 1
+    assert_same(found, eager)
+
+
+def test_a_loss_that_becomes_non_finite_is_an_error():
+    engine = engine_of(CAPTURED, mlo.FiniteDifference())
+    for _ in range(6):
+        engine.step()
+    engine.problems["network"].temperature = math.nan
+    with pytest.raises(mlo.LossError, match="nan"):
+        engine.step()
+
+
+def test_torch_is_left_as_it_was():
+    engine = engine_of(CAPTURED, mlo.FiniteDifference())
+    before = torch._dynamo.config.trace_autograd_ops
+    for _ in range(4):
+        engine.step()
+    assert torch._dynamo.config.trace_autograd_ops is before
+
+
+def test_a_problem_with_compiled_loss_can_be_copied():
+    problem = engine_of(CAPTURED, mlo.FiniteDifference()).problems["network"]
+    assert copy.deepcopy(problem).compile == problem.compile == CAPTURED
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("fast", "True, False, or a dict"),
+        (1, "True, False, or a dict"),
+        ({"speed": 2}, "arguments of torch.compile.*'speed'"),
+        ({"fullgraph": False}, "fullgraph=True"),
+        ({"mode": "reduce-overhead"}, "CUDA graphs"),
+        ({"backend": "cudagraphs"}, "CUDA graphs"),
+        ({"options": {"triton.cudagraphs": True}}, "CUDA graphs"),
+        ({"mode": "fastest"}, "fastest"),
+        ({"backend": "nonsense"}, "nonsense"),
+        ({"options": {"nonsense": 1}}, "nonsense"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(option, message):
+    with pytest.raises(mlo.ConfigurationError, match=f"problem 'network', compile: (?s:.*){message}"):
+        engine_of(option, mlo.FiniteDifference())
+
+
+def test_options_are_those_of_torch_with_the_random_draws_of_eager_code():
+    def options(given):
+        return engine_of(given, mlo.FiniteDifference()).problems["network"].compile
+
+    assert options(None) is options(False) is None
+    assert options(True) == {"options": {"fallback_random": True, "triton.cudagraphs": False}}
+    assert options({"mode": "max-autotune-no-cudagraphs", "dynamic": False}) == {
+        "dynamic": False,
+        "options": {
+            **torch._inductor.list_mode_options("max-autotune-no-cudagraphs"),
+            "fallback_random": True,
+            "triton.cudagraphs": False,
+        },
+    }
+    assert options({"options": {"fallback_random": False}})["options"]["fallback_random"] is False
+
+
+def test_a_torch_that_cannot_is_named(monkeypatch):
+    monkeypatch.setattr(compiled_loss, "_SWITCH", "no_such_switch")
+    with pytest.raises(mlo.ConfigurationError, match=r"compile reverse passes.*got torch"):
+        engine_of(True, mlo.FiniteDifference())
+
+
+def test_no_warning_is_given_where_all_is_well():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mlo.MloWarning)
+        trained(engine_of(CAPTURED, mlo.FiniteDifference()), steps=6)
