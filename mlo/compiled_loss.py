@@ -20,6 +20,9 @@ Found = tuple[Tensor | None, ...]
 # torch's switch for tracing a reverse pass together with the forward pass that it goes back through.
 _SWITCH = "trace_autograd_ops"
 
+# How torch is to trace; by default it does not look whether a module has got hooks since.
+_SETTINGS = {_SWITCH: True, "skip_nnmodule_hook_guards": False}
+
 
 class Derivatives(NamedTuple):
     """Which derivatives of a loss L are wanted.
@@ -47,79 +50,111 @@ class CompiledLoss:
     function: shapes, training mode, which tensors need a gradient.
     """
 
+    #: Whether torch could compile it so far.
+    usable = True
+
     def __init__(self, title: str, options: Mapping[str, Any]) -> None:
         """Prepare; nothing is compiled before the first call. Warnings call the loss by its `title`."""
         self._title, self._options = title, options
-        self._functions: dict[Hashable, Callable[..., tuple[Any, Found]]] = {}
-        self._given_up = False
+        self._functions: dict[Hashable, Callable[..., tuple[Any, Found, bool]]] = {}
         failures = torch._dynamo.exc
         self._failures = (failures.TorchDynamoException, failures.FailOnRecompileLimitHit)
 
-    def __call__(self, function: Callable[[Any], Any], batch: Any, derivatives: Derivatives) -> tuple[Any, Found]:
-        """Return what `function(batch)` returns, without a graph, and derivatives of the loss in it.
+    def __call__(self, function: Callable[[Any], Any], batch: Any, derivatives: Derivatives) -> tuple[Any, Found, bool]:
+        """Return what `function(batch)` returns, without a graph, derivatives of the loss, and whether it has any.
 
-        Of two, they come one after the other; `None` stands for what the loss does not reach. What torch cannot compile
-        is run as it is, from then on, with a warning that says why.
+        Of two derivatives, they come one after the other; `None` stands for what the loss does not reach.
+
+        Raises:
+            CannotCompileError: nothing was evaluated. If `function` itself is not at fault, say `give_up`.
+
         """
-        config: Any = torch._dynamo.config
-        before = config.trace_autograd_ops
-        config.trace_autograd_ops = True
-        try:
-            return self._run(function, batch, derivatives)
-        except self._failures as error:
-            self._warn(error)
-        finally:
-            config.trace_autograd_ops = before
-        self._given_up = True
-        return self._run(function, batch, derivatives)
-
-    def _run(self, function: Callable[[Any], Any], batch: Any, derivatives: Derivatives) -> tuple[Any, Found]:
-        if self._given_up:
-            return _derivatives(function, batch, *derivatives)
         # One function for all of them would be compiled for any shape once it was called with a second one.
         kind = tuple([t.shape for t in derivatives.at]), tuple([t.shape for t in derivatives.mixed_at])
-        found = self._functions.get(kind)
-        if found is None:
-            found = self._functions[kind] = _compiled(_derivatives, self._options)
-        return found(function, batch, *derivatives)
+        compiled = self._functions.get(kind)
+        if compiled is None:
+            compiled = self._functions[kind] = _compiled(_derivatives, self._options)
+        config: Any = torch._dynamo.config
+        before = [getattr(config, name) for name in _SETTINGS]
+        for name, value in _SETTINGS.items():
+            setattr(config, name, value)
+        try:
+            return compiled(function, batch, *derivatives)
+        except self._failures as error:
+            raise CannotCompileError(_reason(error)) from error
+        finally:
+            for name, value in zip(_SETTINGS, before, strict=True):
+                setattr(config, name, value)
 
-    def _warn(self, error: Exception) -> None:
+    def give_up(self, error: CannotCompileError) -> None:
+        """Warn that the loss is evaluated as it is from here on, and why."""
+        self.usable = False
         warnings.warn(
             f"{self._title} and its derivatives cannot be compiled as one function; they are run as they are from here "
-            f"on. Change what torch.compile objects to, or leave compile= out. {_reason(error)}",
+            f"on. Change what torch.compile objects to, or leave compile= out. {error}",
             MloWarning,
             stacklevel=2,
         )
 
 
+class CannotCompileError(Exception):
+    """What torch objects to."""
+
+
 def _reason(error: Exception) -> str:
-    """Return what torch says, without its advice: the fault, the explanation if there is one, and the place."""
+    """Return the beginning of what torch says, and the place that it names last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    explained = [line for line in lines if line.startswith("Explanation:")]
+    said = " ".join(lines[:3])[:_LONGEST]
     places = [line for line in lines if line.startswith("File ")]
-    return "; ".join([f"{type(error).__name__}: {lines[0] if lines else ''}", *explained[:1], *places[-1:]])
+    return "; ".join([f"{type(error).__name__}: {said}", *places[-1:]])
 
 
-def _compiled(function: Any, options: Mapping[str, Any]) -> Callable[..., tuple[Any, Found]]:
+_LONGEST = 300
+
+
+def _compiled(function: Any, options: Mapping[str, Any]) -> Callable[..., tuple[Any, Found, bool]]:
     """Return a compiled copy. Torch keeps what it knows of shapes, and a few variants, for each name and code."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_COPIES)}")
-    return torch.compile(FunctionType(code, function.__globals__), **{**options, "fullgraph": True})
+    arguments = {"backend": "inductor", **options, "fullgraph": True}
+    backend = torch._dynamo.lookup_backend(arguments["backend"])
+    settings: dict[str, Any] = {name: arguments.pop(name) for name in ("mode", "options") if name in arguments}
+    if arguments["backend"] == "inductor":
+        settings = {"config_patches": settings["options"]}
+
+    def checked(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        _reject_second_derivatives_of_functions(graph)
+        return backend(graph, inputs, **settings)
+
+    return torch.compile(FunctionType(code, function.__globals__), **{**arguments, "backend": checked})
 
 
 _COPIES = itertools.count()
 
 
+def _reject_second_derivatives_of_functions(graph: torch.fx.GraphModule) -> None:
+    """Raise an error for what torch gets wrong (2.13): the derivative of the backward of a `torch.autograd.Function`.
+
+    It takes what that backward returns for a constant, once it has traced it.
+    """
+    graphs = [part.graph for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+    called = [str(node.target) for g in graphs for node in g.nodes if node.op == "call_function"]
+    passes = sum(node.target is torch.autograd.grad for g in graphs for node in g.nodes)
+    if passes > 1 and any("autograd_function_apply" in target for target in called):
+        raise NotImplementedError("torch.compile has no second derivative of a torch.autograd.Function")
+
+
 def _derivatives(
     function: Callable[[Any], Any], batch: Any, at: Vector, mixed_at: Vector, vector: Vector, gradient_too: bool
-) -> tuple[Any, Found]:
+) -> tuple[Any, Found, bool]:
     result = function(batch)
+    slopes = _slopes((_loss(result),), at, create_graph=bool(mixed_at))
+    reached = any(t is not None for t in slopes)
     if not mixed_at:
-        return _detached(result), _slopes((_loss(result),), at)
-    found = _slopes((_loss(result),), at, create_graph=True)
-    mixed = _slopes(found, mixed_at, vector)
+        return _detached(result), slopes, reached
+    mixed = _slopes(slopes, mixed_at, vector)
     if not gradient_too:
-        return _detached(result), mixed  # and none of what only the gradient needs is computed
-    return _detached(result), (*[None if t is None else t.detach() for t in found], *mixed)
+        return _detached(result), mixed, reached  # and none of what only the gradient needs is computed
+    return _detached(result), (*[None if t is None else t.detach() for t in slopes], *mixed), reached
 
 
 def _slopes(outputs: Found, at: Vector, vector: Vector | None = None, create_graph: bool = False) -> Found:

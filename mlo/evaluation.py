@@ -13,12 +13,12 @@ from torch.utils import _pytree as pytree
 
 from mlo.ambient import Autocast
 from mlo.autograd_graph import reject_first_order_operations, reject_reentrant_checkpoints
-from mlo.compiled_loss import Derivatives, Found
+from mlo.compiled_loss import CannotCompileError, Derivatives, Found
 from mlo.errors import ConfigurationError, EvaluationError, LossError
 from mlo.frame import Frame, ModuleSlots
 from mlo.graph import ProblemGraph
 from mlo.links import Links
-from mlo.losses import checked_loss
+from mlo.losses import checked_loss, unreached
 from mlo.member import Member, MicroBatch
 from mlo.optimizer_steps import differentiable_step, optimizer_state, update_derivative
 from mlo.random_state import RandomState
@@ -321,7 +321,7 @@ class _StageSpan(LossHere):
         try:
             nested = evaluation.links[member.name].nested
             # Checks look at the graph; and torch.compile does not go into the nodes of responses.
-            self._compiled = member.compiled is not None and not self._checked and not nested
+            self._compiled = member.compiled is not None and member.compiles and not self._checked and not nested
             if nested:
                 evaluation.add_responses(self._values, nested, self._path)
             self._binding = Binding(
@@ -357,7 +357,12 @@ class _StageSpan(LossHere):
         wanted = tuple([t for t in at if t.requires_grad]) if self._compiled else ()
         if not wanted:
             return super().value_and_gradients(at)
-        value, found = self._mean(Derivatives(wanted))
+        try:
+            value, found, _ = self._mean(Derivatives(wanted))
+        except CannotCompileError as error:
+            result = super().value_and_gradients(at)
+            self._give_up(error)
+            return result
         return value, _placed(found, at)
 
     def gradient_and_mixed_product(
@@ -366,17 +371,31 @@ class _StageSpan(LossHere):
         wanted = tuple([t for t in x if t.requires_grad]) if self._compiled else ()
         if not wanted:
             return super().gradient_and_mixed_product(theta, x, vector, gradient_too=gradient_too)
-        found = self._mean(Derivatives(theta, wanted, tuple(vector), gradient_too))[1]
+        try:
+            _, found, reached = self._mean(Derivatives(theta, wanted, tuple(vector), gradient_too))
+        except CannotCompileError as error:
+            result = super().gradient_and_mixed_product(theta, x, vector, gradient_too=gradient_too)
+            self._give_up(error)
+            return result
+        if not reached:
+            raise unreached(self._member.title)
         if not gradient_too:
             return None, _placed(found, x)
         return found[: len(theta)], _placed(found[len(theta) :], x)
 
-    def _mean(self, derivatives: Derivatives) -> tuple[float, Found]:
+    def _give_up(self, error: CannotCompileError) -> None:
+        assert self._member.compiled is not None
+        self._member.compiled.give_up(error)
+        self._compiled = False
+
+    def _mean(self, derivatives: Derivatives) -> tuple[float, Found, bool]:
         self._begin()
         member, batches = self._member, self._batches
         found = [replayed(member, batch, state, checked=False, compiled=derivatives) for batch, state in batches]
         value = sum(o.loss.item() for o in found) / len(found)
-        return value, mean_derivatives([o.derivatives for o in found if o.derivatives is not None])
+        means = mean_derivatives([o.derivatives for o in found if o.derivatives is not None])
+        dense = tuple([t.to_dense() if t is not None and t.is_sparse else t for t in means])
+        return value, dense, any(o.has_derivatives for o in found)
 
     def _begin(self) -> None:
         if self._again:
@@ -416,12 +435,14 @@ class Outcome(NamedTuple):
         loss: a finite scalar; without a graph where `derivatives` are given.
         metrics: what is logged beside it.
         derivatives: those that were asked for.
+        has_derivatives: whether the loss reaches any of the tensors of its gradient.
 
     """
 
     loss: Tensor
     metrics: dict[str, float]
     derivatives: Found | None
+    has_derivatives: bool = True
 
 
 def mean_derivatives(found: Sequence[Found]) -> Found:
@@ -444,23 +465,24 @@ def outcome(member: Member, batch: Any, *, checked: bool = True, compiled: Deriv
     """
     versions = _versions(batch) if checked else None
     found: Found | None = None
+    reached = True
     if compiled is None:
         result = member.problem.training_step(batch)
     else:
-        result, found = member.compiled_loss(batch, compiled)
+        result, found, reached = member.compiled_loss(batch, compiled)
     if checked and versions != _versions(batch):
         raise EvaluationError(
             f"{member.title} changed its batch in place; expected a loss that only reads it, since a batch is used "
             "again when the stage's response is differentiated. Use an out-of-place operation, or clone() first."
         )
     if isinstance(result, Tensor) or not isinstance(result, Mapping):
-        return Outcome(checked_loss(result, member.title), {}, found)
+        return Outcome(checked_loss(result, member.title), {}, found, reached)
     if "loss" not in result:
         raise LossError(
             f"{member.title} returned a dict with {', '.join(map(repr, result)) or 'nothing'}; expected the key 'loss'."
         )
     metrics = {key: number(value, f"{member.title}, {key!r}") for key, value in result.items() if key != "loss"}
-    return Outcome(checked_loss(result["loss"], member.title), metrics, found)
+    return Outcome(checked_loss(result["loss"], member.title), metrics, found, reached)
 
 
 def replayed(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mlo.compiled_loss import CompiledLoss, Derivatives, Found
 from mlo.data_feed import DataFeed
@@ -121,14 +122,25 @@ class Member:
         self._find_parameters()
         return True
 
-    def compiled_loss(self, batch: Any, derivatives: Derivatives) -> tuple[Any, Found]:
-        """Return what `training_step` returns, and derivatives of the loss, from compiled code."""
+    @property
+    def compiles(self) -> bool:
+        """Whether evaluations that are no checks are to be compiled, as far as is known."""
+        hooked = bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+        return self.compiled is not None and self.compiled.usable and not hooked
+
+    def compiled_loss(self, batch: Any, derivatives: Derivatives) -> tuple[Any, Found, bool]:
+        """Return what `training_step` returns, derivatives of the loss, and whether it has any, from compiled code."""
         assert self.compiled is not None, self.name
         frame = self.problem._frame
         assert frame is not None, self.name
+        # The frame is to be the same at each call: what it takes note of would be another function at the next one.
         for name in self.seen:
-            frame.parameters(name)  # what is kept after the first use would be another function at the second
-        return self.compiled(self.problem.training_step, batch, derivatives)
+            frame.parameters(name)
+        used, frame.used = frame.used, set()
+        try:
+            return self.compiled(self.problem.training_step, batch, derivatives)
+        finally:
+            frame.used |= used
 
     def constants(self) -> Vector:
         """Return the present values of the trainable parameters as constants."""

@@ -38,6 +38,8 @@ def laid_out(gradient: Tensor, like: Tensor) -> Tensor:
 
     Compiled code may hand out an expanded number, or one tensor twice.
     """
+    if gradient.layout is not torch.strided:
+        return gradient
     if alone(gradient) and gradient.stride() == like.stride():
         return gradient
     return torch.empty_like(like).copy_(gradient)

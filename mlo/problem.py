@@ -73,9 +73,14 @@ class Problem(ABC):
             name. Gradients go back to it through `Unroll` (MAML); for the solution that other methods differentiate
             the start does not matter.
         warmup: number of engine steps in which the problem takes no steps, while those below it train.
+        compile: `True`, or a dict of arguments for `torch.compile`: the loss and its derivatives are one compiled
+            function, where these are first derivatives (training steps, central differences) or the mixed product of
+            `Identity`. The same results but for rounding. What torch cannot compile runs as it is, with a warning;
+            evaluations 1, 2, 4, 8, … stay eager, since the checks look at their graphs.
 
     Raises:
-        ConfigurationError: an argument is of a wrong kind or out of range.
+        ConfigurationError: an argument is of a wrong kind or out of range; or `compile` asks for what this torch
+            cannot do.
 
     A subclass may set attributes of its own and override the constructor. Reserved names: the arguments
     above, `params`, `deps`, `training_step`, `validation_step`. The arguments are attributes too. `steps`,

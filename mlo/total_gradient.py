@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mlo.compiled_loss import Derivatives
+from mlo.compiled_loss import CannotCompileError, Derivatives
 from mlo.errors import EvaluationError
 from mlo.evaluation import Binding, Evaluation, Outcome, outcome, replayed
 from mlo.links import Links
@@ -75,15 +75,12 @@ def accumulate_total_gradient(
     with Binding(member, values, own_parameters=training, spare_buffers=not training) as frame:
         for i, batch in enumerate(batches):
             due = schedule.due()
-            # Checks look at the graph, which compiled code does not make.
-            compiled = None if member.compiled is None or due else Derivatives(tuple(inputs))
-            if states is None:
-                found = _training_evaluation(member, batch, seen if repeatable else None, compiled)
-            else:
-                seen.append((batch, states[i]))
-                found = replayed(member, batch, states[i], compiled=compiled)
+            # Checks look at the graph, which compiled code does not make, and hooks of parameters are run by autograd.
+            plain = member.compiled is None or due or not member.compiles or any(map(_hooked, own))
+            state = None if states is None else states[i]
+            found = _evaluated(member, batch, state, seen if repeatable else None, None if plain else tuple(inputs))
             loss = found.loss
-            if not loss.requires_grad and compiled is None:
+            if not (loss.requires_grad if found.derivatives is None else found.has_derivatives):
                 raise without_graph(member.title, evaluation.graph.why_no_gradient(member.name))
             if due:
                 evaluation.reject_bypasses(member, loss, own_parameters=training)
@@ -137,6 +134,29 @@ def _means(logged: Sequence[dict[str, float]]) -> dict[str, float]:
             found = [m[key] for m in logged if key in m]
             means[key] = sum(found) / len(found)
     return means
+
+
+def _evaluated(
+    member: Member, batch: Any, state: RandomState | None, seen: list[MicroBatch] | None, compiled_at: Vector | None
+) -> Outcome:
+    """Evaluate the loss, with its gradient if there is a place for it and torch can compile it."""
+
+    def evaluated(compiled: Derivatives | None) -> Outcome:
+        if state is None:
+            return _training_evaluation(member, batch, seen, compiled)
+        result = replayed(member, batch, state, compiled=compiled)
+        if seen is not None:
+            seen.append((batch, state))
+        return result
+
+    if member.compiled is None or compiled_at is None:
+        return evaluated(None)
+    try:
+        return evaluated(Derivatives(compiled_at))
+    except CannotCompileError as error:
+        result = evaluated(None)
+        member.compiled.give_up(error)
+        return result
 
 
 def _training_evaluation(
@@ -232,6 +252,10 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
+def _hooked(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
 def _reject_hidden_gradients(member: Member, own: Sequence[Tensor], has_responses: bool) -> None:
     """Raise an error for what would make `.grad` something else than the total gradient."""
     for name, p in zip(member.names.trainable, own, strict=True):
@@ -241,7 +265,7 @@ def _reject_hidden_gradients(member: Member, own: Sequence[Tensor], has_response
                 "calls no backward(): the engine does, and would count it twice. For a gradient inside the loss use "
                 "torch.autograd.grad(..., create_graph=True)."
             )
-        if has_responses and (p._backward_hooks or p._post_accumulate_grad_hooks):
+        if has_responses and _hooked(p):
             raise EvaluationError(
                 f"the parameter {name!r} of problem {member.name!r} has a gradient hook, which would see the direct "
                 "gradient and the one through the responses one after the other instead of their sum; expected none. "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 import warnings
 from functools import cache
 from pathlib import Path
@@ -173,6 +174,16 @@ def test_the_hand_written_sweep_computes_the_same(name, method):
     case = case_of(name)
     ours, by_hand = (library.hypergradient(case, method)() for library in (Ours(), ByHand()))
     assert relative_error(ours, by_hand) < 1e-10
+
+
+@pytest.mark.skipif(LIBRARIES["mlo-compiled"].unavailable() is not None, reason="this torch compiles no reverse pass")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "error::mlo.MloWarning")
+@pytest.mark.parametrize("method", methods("fd,identity"), ids=str)
+def test_compiled_losses_give_the_same(method):
+    case = case_of("chain last-2")
+    compiled, ours = (LIBRARIES[name].hypergradient(case, method)() for name in ("mlo-compiled", "mlo"))
+    assert relative_error(compiled, ours) < 1e-10
 
 
 # The supernet's kinks (ReLU, max-pooling) let central differences of different lengths differ: the engine may warn.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 
 import mlo
 from mlo import compiled_loss
@@ -23,6 +24,7 @@ FIRST_ORDER = {
     "identity": mlo.Identity(scale=None),
     "neumann by differences": mlo.Neumann(terms=3, scale=0.1, rtol=0, product=mlo.CentralDifferences()),
     "f2sa": mlo.F2SA(),
+    "unroll by differences": mlo.Unroll(product=mlo.CentralDifferences()),
 }
 
 pytestmark = [
@@ -111,8 +113,21 @@ def assert_same(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+class Counting(nn.Module):
+    """Another function at each call, as far as nobody puts its buffer back."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        return x * (1 + 1 / self.count)
+
+
 VARIANTS = {
     "plain": {},
+    "a buffer that the loss reads": {"layers": (Counting,)},
     "batch norm and dropout": {"layers": (lambda: nn.BatchNorm1d(6), lambda: nn.Dropout(0.5))},
     "several batches": {"accumulate": 2},
     "other batches for solves": {"solve_batches": 3},
@@ -215,14 +230,26 @@ def test_gradients_have_memory_of_their_own_in_the_layout_of_their_parameters():
         torch.testing.assert_close(p.grad, expected / length)
 
 
-def test_it_is_compiled_a_fixed_number_of_times():
-    engine = engine_of(CAPTURED, mlo.FiniteDifference())
-    for _ in range(7):
-        engine.step()
+def test_each_kind_of_evaluation_is_compiled_once():
+    """Training of either problem, and the shifted evaluations, of which both sides are one function."""
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for _ in range(20):
-        engine.step()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0
+    engine_of(CAPTURED, mlo.FiniteDifference()).run(20)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 3
+
+
+def test_shapes_of_other_problems_and_evaluations_are_not_taken_for_changing_ones():
+    """Torch would compile for any shape, which takes longer to compile and to run."""
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.extend(i for i in inputs if isinstance(i, int | torch.SymInt))
+        return graph.forward
+
+    engine = engine_of({"backend": backend}, mlo.FiniteDifference())
+    engine.problems["weights"].data[:] = [(x[:7], y[:7]) for x, y in engine.problems["weights"].data]
+    engine.run(12)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert sizes == []
 
 
 def test_a_number_that_changes_from_step_to_step_is_not_taken_for_a_constant():
@@ -234,6 +261,127 @@ def test_a_number_that_changes_from_step_to_step_is_not_taken_for_a_constant():
             engine.step()
         found.append(trained(engine, steps=1))
     assert_same(*found)
+
+
+class Alone(mlo.Problem):
+    def training_step(self, batch):
+        return self(batch).square().mean()
+
+
+def test_hooks_of_modules_that_are_registered_later_are_run():
+    def after_a_hook(compiled, register):
+        engine = engine_of(compiled, mlo.Identity(scale=None))
+        engine.run(5)
+        handle = register(engine.problems["network"].module[0])
+        try:
+            return trained(engine, steps=5)
+        finally:
+            handle.remove()
+
+    def halve(module, inputs, output):
+        return 0.5 * output if isinstance(module, nn.Linear) else None
+
+    for register in (lambda m: m.register_forward_hook(halve), lambda _: register_module_forward_hook(halve)):
+        assert_same(after_a_hook(CAPTURED, register), after_a_hook(False, register))
+
+
+class Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return cotangent * ctx.saved_tensors[0].cos()
+
+
+class WithFunction(Network):
+    def training_step(self, batch):
+        logit = self.deps.weights.params["logit"].sum()
+        return super().training_step(batch)["loss"] + Sine.apply(logit * self.params["0.weight"]).mean()
+
+
+def test_second_derivatives_of_functions_are_left_to_autograd():
+    """Torch's compiler takes what a backward method returns for a constant."""
+    eager = trained(engine_of(False, mlo.Identity(scale=None), problem=WithFunction))
+    engine = engine_of(CAPTURED, mlo.Identity(scale=None), problem=WithFunction)
+    with pytest.warns(mlo.MloWarning, match=r"second derivative of a torch\.autograd\.Function"):
+        assert_same(trained(engine), eager)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mlo.MloWarning)  # first derivatives are right
+        found = trained(engine_of(CAPTURED, mlo.FiniteDifference(), problem=WithFunction))
+    assert_same(found, trained(engine_of(False, mlo.FiniteDifference(), problem=WithFunction)))
+
+
+class Changing(mlo.Problem):
+    """Returns something else at its third evaluation, the first that is compiled."""
+
+    count, other = 0, None
+
+    def training_step(self, batch):
+        return self.other(self) if batch else self.params["w"].square().sum()
+
+
+def raising(_):
+    raise ValueError("a fault of the user's")
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "message"),
+    [
+        (lambda _: 1.0, mlo.LossError, "returned float"),
+        (lambda _: {"los": 1.0}, mlo.LossError, "expected the key 'loss'"),
+        (lambda p: p.params["w"], mlo.LossError, "shape"),
+        (lambda _: torch.zeros(()), mlo.LossError, "without a graph"),
+        (raising, ValueError, "user's"),
+    ],
+)
+def test_what_a_loss_must_not_return_is_the_same_error_as_in_eager_code(other, error, message):
+    module = nn.ParameterDict({"w": torch.ones(3)})
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    problem = Changing("changing", module, optimizer=optimizer, data=[0, 0, 1], compile=CAPTURED)
+    problem.other = other
+    engine = mlo.Engine([problem])
+    engine.run(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mlo.MloWarning)  # it is not torch that objects
+        with pytest.raises(error, match=message):
+            engine.step()
+
+
+class Embedded(mlo.Problem):
+    def training_step(self, batch):
+        return self(batch).square().sum()
+
+
+def test_sparse_gradients_stay_what_they_are():
+    def weights(compiled):
+        torch.manual_seed(4)
+        module = nn.Embedding(6, 2, sparse=True)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        data = [torch.tensor([0, 2, 2])]
+        mlo.Engine([Embedded("embedded", module, optimizer=optimizer, data=data, compile=compiled)]).run(6)
+        return module.weight.detach()
+
+    torch.testing.assert_close(weights(CAPTURED), weights(False), rtol=1e-12, atol=0)
+
+
+def doubled(parameter):
+    parameter.grad.mul_(2)
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_parameters_are_run(kind):
+    def weights(compiled):
+        torch.manual_seed(3)
+        module = nn.Linear(3, 2)
+        getattr(module.weight, kind)(torch.neg if kind == "register_hook" else doubled)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        mlo.Engine([Alone("alone", module, optimizer=optimizer, data=[torch.ones(4, 3)], compile=compiled)]).run(5)
+        return module.weight.detach()
+
+    torch.testing.assert_close(weights(CAPTURED), weights(False), rtol=1e-12, atol=0)
 
 
 class Prints(Network):

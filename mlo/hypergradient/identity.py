@@ -81,7 +81,9 @@ class Identity(ImplicitMethod):
         needed: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """Return −scale·Gᵀ c; λ is known before g, so that g and the product can be formed together."""
-        if torch.is_grad_enabled() or type(self).solve is not Identity.solve:  # or a subclass has a rule of its own
+        kind = type(self)
+        own_rule = kind.solve is not Identity.solve or kind.solve_and_settle is not ImplicitMethod.solve_and_settle
+        if torch.is_grad_enabled() or own_rule:
             return super().pullback(stage, cotangents, solution, inputs, needed)
         size, factors = norm(cotangents), scale_factors(self, self.scale, stage)
         factor = normalising_factor(size)

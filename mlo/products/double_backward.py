@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlo.autodiff import filled
+from mlo.losses import unreached
 from mlo.products.base import Linearisation, Product
 from mlo.reverse_pass import gradients, reverse_pass
 from mlo.stage_function import StageFunction, leaves
@@ -66,12 +67,18 @@ class DoubleBackward(Product):
         gradient_too: bool,
     ) -> tuple[tuple[Tensor | None, ...] | None, tuple[Tensor | None, ...]]:
         """Form both at once, which may be one compiled function."""
+        if type(self).linearised is not DoubleBackward.linearised:  # a subclass has products of its own
+            return super().only_mixed_product(stage, solution, inputs, needed, vector, gradient_too=gradient_too)
         theta, x = leaves(solution), leaves(inputs, needed)
         with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
             slope, mixed = evaluate.gradient_and_mixed_product(
                 theta, x, stage.signed(vector), gradient_too=gradient_too
             )
-        return slope and stage.stationarity(slope, theta), mixed
+        if slope is None:
+            return None, mixed
+        if all(t is None for t in slope):
+            raise unreached(stage.title)
+        return stage.stationarity(slope, theta), mixed
 
 
 class _GraphSpan:
