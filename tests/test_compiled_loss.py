@@ -252,6 +252,75 @@ def test_shapes_of_other_problems_and_evaluations_are_not_taken_for_changing_one
     assert sizes == []
 
 
+class Pair(mlo.Problem):
+    """A stage and an upper problem with as many parameters of as many dimensions."""
+
+    depends = True
+
+    def training_step(self, batch):
+        w, x = self.params["weight"], self.deps.upper.params["weight"]
+        return w.square().sum() - (w @ x.t()).sum() if self.depends else x.square().sum()
+
+
+class Above(mlo.Problem):
+    def training_step(self, batch):
+        return self.deps.lower.params["weight"].pow(2).sum()
+
+
+def pair(compiled, method, sparse=False):
+    torch.manual_seed(5)
+    low, top = nn.Embedding(3, 2), nn.Embedding(4, 2, sparse=sparse)
+    sgd = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (low, top)]
+    lower = Pair("lower", low, optimizer=sgd[0], depends_on=["upper"], hypergradient=method, compile=compiled)
+    return mlo.Engine([lower, Above("upper", top, optimizer=sgd[1], depends_on=["lower"])])
+
+
+def test_shapes_of_several_derivatives_are_not_taken_for_one_that_changes():
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.extend(i for i in inputs if isinstance(i, int | torch.SymInt))
+        return graph.forward
+
+    compiled = compiled_loss.CompiledLoss("the loss", {"backend": backend})
+    for rows in (2, 3, 4):
+        at = torch.ones(rows, 2, requires_grad=True)
+        _, (gradient,), _ = compiled(lambda x, at=at: (x * at).sum(), torch.ones(1), compiled_loss.Derivatives((at,)))
+        torch.testing.assert_close(gradient, torch.ones(rows, 2))
+    assert sizes == []
+
+
+def test_a_stage_that_no_longer_reaches_its_parameters_is_an_error():
+    engine = pair(CAPTURED, mlo.Identity(scale=0.5))
+    for _ in range(5):
+        engine.hypergradient("upper")
+    engine.problems["lower"].depends = False
+    with pytest.raises(mlo.LossError, match=r"problem 'lower'.*does not depend on any"):
+        engine.hypergradient("upper")
+
+
+class Looked(mlo.Problem):
+    def training_step(self, batch):
+        w, x = self.params["weight"], self.deps.upper(torch.tensor([0, 2, 2]))
+        return (w.square() - w * x).sum()
+
+
+def test_sparse_gradients_in_the_upper_parameters():
+    def hypergradient(compiled):
+        engine = pair(compiled, mlo.FiniteDifference(scale=0.5), sparse=True)
+        looked = Looked(
+            "lower",
+            engine.problems["lower"].module,
+            depends_on=["upper"],
+            hypergradient=mlo.FiniteDifference(scale=0.5),
+            compile=compiled,
+        )
+        engine = mlo.Engine([looked, engine.problems["upper"]])
+        return [engine.hypergradient("upper")["weight"] for _ in range(6)][-1]
+
+    torch.testing.assert_close(hypergradient(CAPTURED), hypergradient(False), rtol=1e-9, atol=1e-12)
+
+
 def test_a_number_that_changes_from_step_to_step_is_not_taken_for_a_constant():
     found = []
     for compiled in (False, CAPTURED):
