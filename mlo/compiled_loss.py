@@ -1,4 +1,4 @@
-"""A problem's loss and its gradient as one graph that `torch.compile` has made."""
+"""A problem's loss and its derivatives as one graph that `torch.compile` has made."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _derivatives(
 
 
 def _slopes(outputs: Found, at: Vector, vector: Vector | None = None, create_graph: bool = False) -> Found:
-    """Return the same as `reverse_pass.gradients`, in terms that torch.compile can trace."""
+    """Return what `reverse_pass.gradients` does where all of `at` need one, in terms that torch.compile can trace."""
     live: list[Tensor] = []
     cotangents: list[Tensor] = []
     for i, output in enumerate(outputs):

@@ -321,7 +321,7 @@ class _StageSpan(LossHere):
         try:
             nested = evaluation.links[member.name].nested
             # Checks look at the graph; and torch.compile does not go into the nodes of responses.
-            self._compiled = member.compiled is not None and member.compiles and not self._checked and not nested
+            self._compiled = member.compiles and not self._checked and not nested
             if nested:
                 evaluation.add_responses(self._values, nested, self._path)
             self._binding = Binding(

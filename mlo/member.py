@@ -125,8 +125,9 @@ class Member:
     @property
     def compiles(self) -> bool:
         """Whether evaluations that are no checks are to be compiled, as far as is known."""
-        hooked = bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
-        return self.compiled is not None and self.compiled.usable and not hooked
+        if self.compiled is None or not self.compiled.usable:
+            return False
+        return not _has_any_global_hook()  # type: ignore[no-untyped-call]  # which compiled code would not run
 
     def compiled_loss(self, batch: Any, derivatives: Derivatives) -> tuple[Any, Found, bool]:
         """Return what `training_step` returns, derivatives of the loss, and whether it has any, from compiled code."""

@@ -76,7 +76,7 @@ def accumulate_total_gradient(
         for i, batch in enumerate(batches):
             due = schedule.due()
             # Checks look at the graph, which compiled code does not make, and hooks of parameters are run by autograd.
-            plain = member.compiled is None or due or not member.compiles or any(map(_hooked, own))
+            plain = due or not member.compiles or any(map(_hooked, own))
             state = None if states is None else states[i]
             found = _evaluated(member, batch, state, seen if repeatable else None, None if plain else tuple(inputs))
             loss = found.loss
