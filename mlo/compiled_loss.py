@@ -48,13 +48,15 @@ class CompiledLoss:
     autograd keeps what the second needs, and none of a second derivative. One graph of all passes takes no autograd
     when it runs, and forms nothing that the result does not need. It is compiled anew for what makes it another
     function: shapes, training mode, which tensors need a gradient.
-    """
 
-    #: Whether torch could compile it so far.
-    usable = True
+    Attributes:
+        failure: why it cannot be compiled, `None` as long as torch could.
+
+    """
 
     def __init__(self, title: str, options: Mapping[str, Any]) -> None:
         """Prepare; nothing is compiled before the first call. Warnings call the loss by its `title`."""
+        self.failure: str | None = None
         self._title, self._options = title, options
         self._functions: dict[Hashable, Callable[..., tuple[Any, Found, bool]]] = {}
         failures = torch._dynamo.exc
@@ -88,7 +90,7 @@ class CompiledLoss:
 
     def give_up(self, error: CannotCompileError) -> None:
         """Warn that the loss is evaluated as it is from here on, and why."""
-        self.usable = False
+        self.failure = f"{self._title} and its derivatives cannot be compiled as one function. {error}"
         warnings.warn(
             f"{self._title} and its derivatives cannot be compiled as one function; they are run as they are from here "
             f"on. Change what torch.compile objects to, or leave compile= out. {error}",
@@ -102,11 +104,12 @@ class CannotCompileError(Exception):
 
 
 def _reason(error: Exception) -> str:
-    """Return the beginning of what torch says, and the place that it names last."""
+    """Return the beginning of what torch says, what a compiler objects to first, and the place that is named last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = " ".join(lines[:3])[:_LONGEST]
+    objections = [line[-_LONGEST:] for line in lines[3:] if "error: " in line]
     places = [line for line in lines if line.startswith("File ")]
-    return "; ".join([f"{type(error).__name__}: {said}", *places[-1:]])
+    return "; ".join([f"{type(error).__name__}: {said}", *objections[:1], *places[-1:]])
 
 
 _LONGEST = 300
@@ -187,7 +190,7 @@ def missing_support() -> str | None:
         return None
     return (
         f"a torch that can compile reverse passes (with torch._dynamo.config.{_SWITCH}, as 2.13); got torch "
-        f"{torch.__version__}. Leave compile= out"
+        f"{torch.__version__}"
     )
 
 
@@ -202,7 +205,7 @@ def compile_options(given: bool | Mapping[str, Any]) -> dict[str, Any]:
     """
     missing = missing_support()
     if missing is not None:
-        raise ValueError(missing)
+        raise ValueError(f"{missing}. Leave compile= out")
     arguments = {} if isinstance(given, bool) else dict(given)
     known = list(inspect.signature(torch.compile).parameters)[1:]
     unknown = [name for name in arguments if name not in known]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_modules
 
 from mlo.compiled_loss import CompiledLoss, Derivatives, Found
 from mlo.data_feed import DataFeed
@@ -17,6 +17,13 @@ from mlo.problem import Problem
 from mlo.random_state import HostDraws, RandomState
 from mlo.recording import Recording
 from mlo.vectors import Vector
+
+_GLOBAL_HOOKS = (
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+)
 
 #: A batch and the random state in which the loss was evaluated on it.
 MicroBatch = tuple[Any, RandomState]
@@ -125,9 +132,9 @@ class Member:
     @property
     def compiles(self) -> bool:
         """Whether evaluations that are no checks are to be compiled, as far as is known."""
-        if self.compiled is None or not self.compiled.usable:
+        if self.compiled is None or self.compiled.failure is not None:
             return False
-        return not _has_any_global_hook()  # type: ignore[no-untyped-call]  # which compiled code would not run
+        return not any(getattr(torch_modules, name) for name in _GLOBAL_HOOKS)  # which compiled code would not run
 
     def compiled_loss(self, batch: Any, derivatives: Derivatives) -> tuple[Any, Found, bool]:
         """Return what `training_step` returns, derivatives of the loss, and whether it has any, from compiled code."""

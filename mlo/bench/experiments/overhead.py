@@ -66,8 +66,11 @@ def _records(settings: Settings, case: Case, method: Method) -> Iterator[Record]
         loop = _loop(library, case, method)
         if isinstance(loop, str):
             yield {"library": library.name, "failure": loop}
-        else:
+            continue
+        try:
             yield from _compared(settings, case, method, library, loop)
+        except Exception as error:
+            yield {"library": library.name, "failure": described(error)}
 
 
 def _loop(library: Library, case: Case, method: Method) -> Training | str:

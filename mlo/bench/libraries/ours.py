@@ -134,7 +134,7 @@ class OursCompiled(Ours):
     def unavailable(self) -> str | None:
         """Return what torch lacks."""
         missing = missing_support()
-        return None if missing is None else f"expected {missing}"
+        return None if missing is None else f"expected {missing}; pip install --upgrade torch"
 
     def refuses(self, case: Case, method: Method) -> str | None:
         """Return what it lacks."""
@@ -144,10 +144,23 @@ class OursCompiled(Ours):
 
     def hypergradient(self, case: Case, method: Method) -> Callable[[], Gradient]:
         """Return `engine.hypergradient` at the solutions, compiled."""
-        found = super().hypergradient(case, method)
+        engine = self._engine(case, method, training=False)
         for _ in range(_UNTIL_COMPILED):
-            found()
-        return found
+            engine.hypergradient(case.upper.name)
+        _reject_uncompiled(engine)
+        return lambda: engine.hypergradient(case.upper.name)
+
+    def training(self, case: Case, method: Method) -> Training:
+        """Return the engine's own loop, compiled."""
+        return _CompiledTraining(self._engine(case, method, training=True), case)
+
+
+def _reject_uncompiled(engine: mlo.Engine) -> None:
+    """Raise an error where what is called compiled is not: the engine goes on with it as it is."""
+    for member in engine._members.values():
+        assert member.compiled is not None, member.name
+        if member.compiled.failure is not None:
+            raise RuntimeError(member.compiled.failure)
 
 
 class _EngineTraining(Training):
@@ -159,6 +172,12 @@ class _EngineTraining(Training):
 
     def metric(self) -> float:
         return self._case.metric({name: p.module for name, p in self.engine.problems.items()})
+
+
+class _CompiledTraining(_EngineTraining):
+    def step(self) -> None:
+        super().step()
+        _reject_uncompiled(self.engine)
 
 
 def _values(module: nn.Module) -> list[Tensor]:
