@@ -32,6 +32,9 @@ class Derivatives(NamedTuple):
         mixed_at: x, if it is not the gradient that is wanted but vᵀ ∂²L/∂at∂x.
         vector: v.
         gradient_too: whether it is both.
+        shifted: parameters that the loss sees, if the difference of two gradients is wanted: at their values less at
+            their reflection in `centre`, which they have afterwards. The loss there comes after the difference.
+        centre: see there.
 
     """
 
@@ -39,6 +42,8 @@ class Derivatives(NamedTuple):
     mixed_at: Vector = ()
     vector: Vector = ()
     gradient_too: bool = False
+    shifted: Vector = ()
+    centre: Vector = ()
 
 
 class CompiledLoss:
@@ -51,12 +56,15 @@ class CompiledLoss:
 
     Attributes:
         failure: why it cannot be compiled, `None` as long as torch could.
+        both_sides: whether both sides of a difference may be one function, as far as is known.
+        graphs: how many were compiled.
 
     """
 
     def __init__(self, title: str, options: Mapping[str, Any]) -> None:
         """Prepare; nothing is compiled before the first call. Warnings call the loss by its `title`."""
         self.failure: str | None = None
+        self.both_sides, self.graphs = True, 0
         self._title, self._options = title, options
         self._functions: dict[Hashable, Callable[..., tuple[Any, Found, bool]]] = {}
         failures = torch._dynamo.exc
@@ -72,10 +80,11 @@ class CompiledLoss:
 
         """
         # One function for all of them would be compiled for any shape once it was called with a second one.
-        kind = tuple([t.shape for t in derivatives.at]), tuple([t.shape for t in derivatives.mixed_at])
+        shapes = tuple([t.shape for t in derivatives.at]), tuple([t.shape for t in derivatives.mixed_at])
+        kind = *shapes, bool(derivatives.shifted)
         compiled = self._functions.get(kind)
         if compiled is None:
-            compiled = self._functions[kind] = _compiled(_derivatives, self._options)
+            compiled = self._functions[kind] = _compiled(_derivatives, self._options, self._count)
         config: Any = torch._dynamo.config
         before = [getattr(config, name) for name in _SETTINGS]
         for name, value in _SETTINGS.items():
@@ -87,6 +96,9 @@ class CompiledLoss:
         finally:
             for name, value in zip(_SETTINGS, before, strict=True):
                 setattr(config, name, value)
+
+    def _count(self) -> None:
+        self.graphs += 1
 
     def give_up(self, error: CannotCompileError) -> None:
         """Warn that the loss is evaluated as it is from here on, and why."""
@@ -115,8 +127,13 @@ def _reason(error: Exception) -> str:
 _LONGEST = 300
 
 
-def _compiled(function: Any, options: Mapping[str, Any]) -> Callable[..., tuple[Any, Found, bool]]:
-    """Return a compiled copy. Torch keeps what it knows of shapes, and a few variants, for each name and code."""
+def _compiled(
+    function: Any, options: Mapping[str, Any], compiles: Callable[[], None]
+) -> Callable[..., tuple[Any, Found, bool]]:
+    """Return a copy that is compiled for what it is called with; `compiles` is called each time.
+
+    It is a copy since torch keeps what it knows of shapes, and a few variants, for each name and code.
+    """
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_COPIES)}")
     arguments = {"backend": "inductor", **options, "fullgraph": True}
     backend = torch._dynamo.lookup_backend(arguments["backend"])
@@ -126,6 +143,7 @@ def _compiled(function: Any, options: Mapping[str, Any]) -> Callable[..., tuple[
 
     def checked(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         _reject_second_derivatives_of_functions(graph)
+        compiles()
         return backend(graph, inputs, **settings)
 
     return torch.compile(FunctionType(code, function.__globals__), **{**arguments, "backend": checked})
@@ -147,11 +165,26 @@ def _reject_second_derivatives_of_functions(graph: torch.fx.GraphModule) -> None
 
 
 def _derivatives(
-    function: Callable[[Any], Any], batch: Any, at: Vector, mixed_at: Vector, vector: Vector, gradient_too: bool
+    function: Callable[[Any], Any],
+    batch: Any,
+    at: Vector,
+    mixed_at: Vector,
+    vector: Vector,
+    gradient_too: bool,
+    shifted: Vector,
+    centre: Vector,
 ) -> tuple[Any, Found, bool]:
     result = function(batch)
     slopes = _slopes((_loss(result),), at, create_graph=bool(mixed_at))
     reached = any(t is not None for t in slopes)
+    if shifted:
+        with torch.no_grad():
+            for t, c in zip(shifted, centre, strict=True):
+                t.copy_(c + (c - t))
+        other = _loss(function(batch))
+        pairs = zip(slopes, _slopes((other,), at), strict=True)
+        changes = [None if a is None or b is None else a - b for a, b in pairs]
+        return _detached(result), (*changes, other.detach()), reached
     if not mixed_at:
         return _detached(result), slopes, reached
     mixed = _slopes(slopes, mixed_at, vector)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from mlo.ambient import Differentiating
 from mlo.errors import BreakdownError, ConfigurationError, GraphError, MloWarning, UnusedDependencyWarning
-from mlo.evaluation import Evaluation, number
+from mlo.evaluation import Evaluation
 from mlo.graph import ProblemGraph
 from mlo.links import Links
 from mlo.member import Member, MicroBatch, cuda_devices
 from mlo.memory import separate_gradients
 from mlo.optimizer_facts import warn_of_unknown_decay
 from mlo.options import is_count
+from mlo.outcome import number
 from mlo.problem import FIXED_OPTIONS, Problem
 from mlo.random_state import Preserved
 from mlo.recording import Recording

@@ -4,130 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from types import TracebackType
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from mlo.ambient import Autocast
 from mlo.autograd_graph import reject_first_order_operations, reject_reentrant_checkpoints
+from mlo.binding import Binding
 from mlo.compiled_loss import CannotCompileError, Derivatives, Found
-from mlo.errors import ConfigurationError, EvaluationError, LossError
-from mlo.frame import Frame, ModuleSlots
+from mlo.errors import ConfigurationError, EvaluationError
 from mlo.graph import ProblemGraph
 from mlo.links import Links
 from mlo.losses import checked_loss, unreached
 from mlo.member import Member, MicroBatch
 from mlo.optimizer_steps import differentiable_step, optimizer_state, update_derivative
-from mlo.random_state import RandomState
+from mlo.outcome import mean_derivatives, replayed
 from mlo.recording import RecordedStep, Recording
 from mlo.response import respond
 from mlo.reverse_pass import gradients
 from mlo.stage_function import LossHere, StageFunction
 from mlo.status import SolveReport
-from mlo.vectors import Vector
+from mlo.vectors import Vector, reflect_, scaled
 
 _CHECKED_SOLVE = 2
-
-
-class Binding:
-    """The span of one evaluation: the loss of `member` sees `values` for itself and for what it depends on.
-
-    A context manager whose value is the `Frame`. With `own_parameters` the problem sees its parameters themselves, with
-    `spare_buffers` it writes to copies of its buffers.
-
-    Raises:
-        EvaluationError: (at the end, with `checked`) the block wrote to one of the tensors in place. Autograd refuses
-            such writes to what needs a gradient; this finds those to constants and those under `torch.no_grad()`.
-
-    """
-
-    __slots__ = (
-        "_before",
-        "_checked",
-        "_member",
-        "_own",
-        "_slots",
-        "_spare",
-        "_spared",
-        "_swapped",
-        "_values",
-        "_versions",
-        "_watched",
-    )
-
-    def __init__(
-        self,
-        member: Member,
-        values: Mapping[str, Vector],
-        *,
-        own_parameters: bool,
-        spare_buffers: bool,
-        checked: bool = True,
-    ) -> None:
-        """Take note of what to swap; nothing is touched yet."""
-        self._member, self._values, self._checked = member, values, checked
-        self._own, self._spare = own_parameters, spare_buffers
-
-    def __enter__(self) -> Frame:
-        """Swap the tensors in."""
-        member, values = self._member, self._values
-        place, seen = member.problem.__dict__, member.seen
-        tensors: list[Tensor] = []
-        for name in seen:
-            tensors += values[name]
-        self._before = place.get("_frame")
-        self._slots = member.slots_read if self._own else member.slots_seen
-        self._swapped = self._slots.put(tensors)
-        self._spared: list[tuple[ModuleSlots, list[Any]]] = []
-        if self._spare:
-            for m in seen.values():
-                if m.slots.has_buffers:
-                    self._spared.append((m.slots, m.slots.copy_buffers()))
-        if self._checked:
-            for m in seen.values():
-                if m.names.constant:
-                    tensors += m.names.constant.values()
-            self._watched, self._versions = tensors, [t._version for t in tensors]
-        frame = place["_frame"] = Frame(values, seen)  # past the checks of options, at every evaluation
-        return frame
-
-    def renew_buffers(self) -> None:
-        """Begin with the problems' own buffers again, where they are spared."""
-        if self._spared:
-            self._restore_buffers()
-            for slots, _ in self._spared:
-                slots.copy_buffers()
-
-    def _restore_buffers(self) -> None:
-        # Backwards: modules of two problems may share a part, and the second has then copied the copies of the first.
-        for slots, kept in reversed(self._spared):
-            slots.restore_buffers(kept)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Swap them out again, whatever has happened."""
-        self._member.problem.__dict__["_frame"] = self._before
-        if self._spared:
-            self._restore_buffers()
-        self._slots.restore(self._swapped)
-        if kind is None and self._checked and self._versions != [t._version for t in self._watched]:
-            self._raise_for_in_place()
-
-    def _raise_for_in_place(self) -> None:
-        seen = self._member.seen.values()
-        named = [(m.name, n) for m in seen for n in m.names.trainable]
-        named += [(m.name, n) for m in seen for n in m.names.constant]
-        changed = [
-            place for place, before, t in zip(named, self._versions, self._watched, strict=True) if before != t._version
-        ]
-        owner, name = changed[0]
-        raise EvaluationError(
-            f"the loss of problem {self._member.name!r} changed the parameter {name!r} of problem {owner!r} in place "
-            "(it keeps its new value); expected a loss that only reads parameters. Use an out-of-place operation, or "
-            "clone() first; a running average belongs in a buffer (register_buffer)."
-        )
+# How many parameters a stage may have, and of how many entries, whose two sides of a difference are compiled as one
+# function: it takes twice as long to compile and one more copy of them, and saves a call of some 0.05 ms.
+_FEW_TENSORS, _FEW_ENTRIES = 16, 2**14
 
 
 @dataclass
@@ -365,6 +269,46 @@ class _StageSpan(LossHere):
             return result
         return value, _placed(found, at)
 
+    def difference(
+        self, at: Sequence[Tensor], shifted: Vector, centre: Sequence[Tensor], factor: float
+    ) -> tuple[float, float, Found]:
+        wanted = tuple([t for t in at if t.requires_grad]) if self._has_both_sides(shifted) else ()
+        if not wanted:
+            return super().difference(at, shifted, centre, factor)
+        member, ((batch, state),) = self._member, self._batches
+        compiled = member.compiled
+        assert compiled is not None, member.name
+        derivatives, graphs = Derivatives(wanted, shifted=shifted, centre=tuple(centre)), compiled.graphs
+        try:
+            there = replayed(member, batch, state, checked=False, compiled=derivatives)
+        except CannotCompileError:
+            compiled.both_sides = False
+            return super().difference(at, shifted, centre, factor)
+        if compiled.graphs > graphs and state.moved():
+            # The second side has had other draws.
+            compiled.both_sides = False
+            reflect_(shifted, centre)
+            return super().difference(at, shifted, centre, factor)
+        assert there.derivatives is not None, member.name
+        *changes, here = there.derivatives
+        value = checked_loss(here, member.title).item()
+        return there.loss.item(), value, _placed(scaled(_dense(changes), factor), at)
+
+    def _has_both_sides(self, shifted: Vector) -> bool:
+        """Whether one function may evaluate the loss at parameters and, once they were moved, at others."""
+        member = self._member
+        return (
+            self._compiled
+            and member.compiled is not None
+            and member.compiled.both_sides
+            and len(self._batches) == 1
+            and len(shifted) <= _FEW_TENSORS
+            and sum(map(Tensor.numel, shifted)) <= _FEW_ENTRIES
+            and all(map(is_, shifted, self._values[member.name]))
+            and not member.host_draws.possible
+            and not self._binding.has_spares
+        )
+
     def gradient_and_mixed_product(
         self, theta: Vector, x: Vector, vector: Sequence[Tensor], *, gradient_too: bool
     ) -> tuple[Found | None, Found]:
@@ -394,8 +338,7 @@ class _StageSpan(LossHere):
         found = [replayed(member, batch, state, checked=False, compiled=derivatives) for batch, state in batches]
         value = sum(o.loss.item() for o in found) / len(found)
         means = mean_derivatives([o.derivatives for o in found if o.derivatives is not None])
-        dense = tuple([t.to_dense() if t is not None and t.is_sparse else t for t in means])
-        return value, dense, any(o.has_derivatives for o in found)
+        return value, _dense(means), any(o.has_derivatives for o in found)
 
     def _begin(self) -> None:
         if self._again:
@@ -422,98 +365,11 @@ class _StageAtStep(_ProblemStage):
         return self._recorded
 
 
+def _dense(found: Sequence[Tensor | None]) -> Found:
+    return tuple([t.to_dense() if t is not None and t.is_sparse else t for t in found])
+
+
 def _placed(found: Found, at: Sequence[Tensor]) -> Found:
     """Return what was found for those of `at` that need a gradient, `None` for the others."""
     given = iter(found)
     return tuple([next(given) if t.requires_grad else None for t in at])
-
-
-class Outcome(NamedTuple):
-    """What one evaluation of a loss gave.
-
-    Attributes:
-        loss: a finite scalar; without a graph where `derivatives` are given.
-        metrics: what is logged beside it.
-        derivatives: those that were asked for.
-        has_derivatives: whether the loss reaches any of the tensors of its gradient.
-
-    """
-
-    loss: Tensor
-    metrics: dict[str, float]
-    derivatives: Found | None
-    has_derivatives: bool = True
-
-
-def mean_derivatives(found: Sequence[Found]) -> Found:
-    """Return the derivatives of the mean loss of several batches."""
-    if len(found) == 1:
-        return found[0]
-    means: list[Tensor | None] = []
-    for parts in zip(*found, strict=True):
-        present = [t for t in parts if t is not None]
-        means.append(sum(present[1:], start=present[0]) / len(parts) if present else None)
-    return tuple(means)
-
-
-def outcome(member: Member, batch: Any, *, checked: bool = True, compiled: Derivatives | None = None) -> Outcome:
-    """Evaluate a problem's loss on one batch, with derivatives where they are to come from compiled code.
-
-    Raises:
-        EvaluationError: (if `checked`) it changed the batch in place.
-
-    """
-    versions = _versions(batch) if checked else None
-    found: Found | None = None
-    reached = True
-    if compiled is None:
-        result = member.problem.training_step(batch)
-    else:
-        result, found, reached = member.compiled_loss(batch, compiled)
-    if checked and versions != _versions(batch):
-        raise EvaluationError(
-            f"{member.title} changed its batch in place; expected a loss that only reads it, since a batch is used "
-            "again when the stage's response is differentiated. Use an out-of-place operation, or clone() first."
-        )
-    if isinstance(result, Tensor) or not isinstance(result, Mapping):
-        return Outcome(checked_loss(result, member.title), {}, found, reached)
-    if "loss" not in result:
-        raise LossError(
-            f"{member.title} returned a dict with {', '.join(map(repr, result)) or 'nothing'}; expected the key 'loss'."
-        )
-    metrics = {key: number(value, f"{member.title}, {key!r}") for key, value in result.items() if key != "loss"}
-    return Outcome(checked_loss(result["loss"], member.title), metrics, found, reached)
-
-
-def replayed(
-    member: Member, batch: Any, state: RandomState, *, checked: bool = True, compiled: Derivatives | None = None
-) -> Outcome:
-    """Evaluate a problem's loss with the random draws that begin at `state`."""
-    state.restore()
-    if not member.host_draws.unknown:
-        return outcome(member, batch, checked=checked, compiled=compiled)
-    before = member.host_draws.before()
-    result = outcome(member, batch, checked=checked, compiled=compiled)
-    member.host_draws.after(before)
-    return result
-
-
-def _versions(batch: Any) -> list[int]:
-    versions = []
-    # Most batches are a tuple or a list of tensors, for which going through a tree takes longest.
-    for part in batch if isinstance(batch, tuple | list) else (batch,):
-        if isinstance(part, Tensor):
-            versions.append(part._version)
-        else:
-            versions += [t._version for t in pytree.tree_leaves(part) if isinstance(t, Tensor)]
-    return versions
-
-
-def number(value: object, what: str) -> float:
-    """Return a logged value as a number."""
-    try:
-        return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):
-        raise LossError(
-            f"{what} returned {type(value).__name__}; expected a number or a tensor with one element to log."
-        ) from None

@@ -1,4 +1,4 @@
-"""Binding: which tensors a problem's loss sees, for the span of one evaluation and its backward pass."""
+"""Frames: which tensors a problem's loss sees, and the places in which its modules look for them."""
 
 from __future__ import annotations
 

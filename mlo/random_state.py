@@ -83,6 +83,12 @@ class RandomState(NamedTuple):
         if self.host is not None:
             self.host.restore()
 
+    def moved(self) -> bool:
+        """Whether torch's generators have been drawn from since they were in this state."""
+        now = RandomState.capture([device for device, _ in self.cuda], host=False)
+        pairs = [(self.cpu, now.cpu), *((a, b) for (_, a), (_, b) in zip(self.cuda, now.cuda, strict=True))]
+        return any(not torch.equal(a, b) for a, b in pairs)
+
 
 class HostDraws:
     """Finds out whether a loss draws from Python's or NumPy's global generator, at little cost.

@@ -14,7 +14,7 @@ from mlo.losses import unreached
 from mlo.recording import RecordedStep, Recording
 from mlo.reverse_pass import gradients, reverse_pass
 from mlo.status import SolveReport
-from mlo.vectors import Vector
+from mlo.vectors import Vector, differences, reflect_
 
 
 class LossHere(ABC):
@@ -28,6 +28,19 @@ class LossHere(ABC):
         """Return the loss and its gradient in `at`, `None` where it does not reach or no gradient is needed."""
         loss = self()
         return loss.item(), gradients((loss,), at)
+
+    def difference(
+        self, at: Sequence[Tensor], shifted: Vector, centre: Sequence[Tensor], factor: float
+    ) -> tuple[float, float, tuple[Tensor | None, ...]]:
+        """Return the loss at θ = `shifted`, at its reflection in `centre`, and (gradient there − gradient here)·factor.
+
+        Afterwards `shifted`, which the loss sees for θ, is the reflection.
+        """
+        there, ahead = self.value_and_gradients(at)
+        # Past the count of writes, since it is not the loss that writes; its graph of the first side is gone.
+        reflect_(shifted, centre)
+        here, behind = self.value_and_gradients(at)
+        return there, here, differences(ahead, behind, factor)
 
     def gradient_and_mixed_product(
         self, theta: Vector, x: Vector, vector: Sequence[Tensor], *, gradient_too: bool

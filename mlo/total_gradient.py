@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mlo.binding import Binding
 from mlo.compiled_loss import CannotCompileError, Derivatives
 from mlo.errors import EvaluationError
-from mlo.evaluation import Binding, Evaluation, Outcome, outcome, replayed
+from mlo.evaluation import Evaluation
 from mlo.links import Links
 from mlo.losses import unreached, without_graph
 from mlo.member import Member, MicroBatch, cuda_devices
 from mlo.memory import alone, laid_out, separate_gradients
+from mlo.outcome import Outcome, outcome, replayed
 from mlo.random_state import Preserved, RandomState
 from mlo.response import pulled_back
 from mlo.reverse_pass import accumulate

@@ -114,6 +114,42 @@ def subtract(a: Sequence[Tensor], b: Sequence[Tensor]) -> Vector:
     return tuple(torch._foreach_sub(list(a), list(b)))
 
 
+def reflect_(a: Sequence[Tensor], centre: Sequence[Tensor]) -> None:
+    """Replace c + d by c − d in its place, c the `centre`: allocating memory anew takes several times as long.
+
+    Past autograd, and past the count of writes.
+    """
+    with torch.set_grad_enabled(False):
+        torch._foreach_lerp_([t.data for t in a], tuple(centre), 2.0)
+
+
+def differences(
+    ahead: Sequence[Tensor | None], behind: Sequence[Tensor | None], factor: float
+) -> tuple[Tensor | None, ...]:
+    """Return (ahead − behind)·factor, where one that is missing counts as zero and both missing as `None`."""
+    there: list[Tensor] = []
+    back: list[Tensor] = []
+    for a, b in zip(ahead, behind, strict=True):
+        if a is None or b is None:
+            return tuple([_difference(a, b, factor) for a, b in zip(ahead, behind, strict=True)])
+        there.append(a)
+        back.append(b)
+    return scale_(subtract(there, back), factor)
+
+
+def _difference(a: Tensor | None, b: Tensor | None, factor: float) -> Tensor | None:
+    if a is None:
+        return None if b is None else b * -factor
+    return (a if b is None else a - b) * factor
+
+
+def scaled(tensors: Sequence[Tensor | None], factor: float) -> tuple[Tensor | None, ...]:
+    """Return a multiple of vectors some of which are missing."""
+    live = [t for t in tensors if t is not None]
+    found = iter(scale(live, factor) if live else ())
+    return tuple([None if t is None else next(found) for t in tensors])
+
+
 def rounding_unit(a: Sequence[Tensor]) -> float:
     """Return the machine epsilon of the coarsest dtype among the tensors."""
     return max(torch.finfo(dtype).eps for dtype in {x.dtype for x in a})

@@ -230,6 +230,131 @@ def test_gradients_have_memory_of_their_own_in_the_layout_of_their_parameters():
         torch.testing.assert_close(p.grad, expected / length)
 
 
+@pytest.fixture
+def derivatives(monkeypatch):
+    """What the compiled loss of the stage was asked for in methods, one after the other."""
+    asked = []
+    call = compiled_loss.CompiledLoss.__call__
+
+    def watched(self, function, batch, wanted):
+        if function.__self__.name == "network" and not any(isinstance(t, nn.Parameter) for t in wanted.at):
+            asked.append("both sides" if wanted.shifted else "one side")
+        return call(self, function, batch, wanted)
+
+    monkeypatch.setattr(compiled_loss.CompiledLoss, "__call__", watched)
+    return asked
+
+
+def solved(problem=Network, *, evaluations=6, compiled=CAPTURED, **options):
+    """Return hypergradients at the beginning, at which nothing but the evaluations goes on."""
+    engine = engine_of(compiled, mlo.FiniteDifference(), problem=problem, **options)
+    torch.manual_seed(3)
+    for p in engine.problems["network"].module.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return [engine.hypergradient("weights")["logit"] for _ in range(evaluations)]
+
+
+def test_both_sides_of_a_difference_are_one_function(derivatives):
+    found, expected = solved(), solved(compiled=False)
+    assert derivatives
+    assert set(derivatives) == {"both sides"}
+    assert_same(found, expected)
+
+
+class Shifted(nn.Module):
+    """A layer that does little."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.linspace(0, 1, 6))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+class HasFunction(Network):
+    """A loss with a `torch.autograd.Function`, of which torch compiles a first derivative alone."""
+
+    def training_step(self, batch):
+        x, y = batch
+        weights = self.deps.weights.params["logit"].sigmoid()
+        return (Doubled.apply(weights) * F.cross_entropy(self(x), y, reduction="none")).mean()
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class DrawsLate(Network):
+    """A loss that begins to draw numbers when it has been compiled without."""
+
+    noise = False
+
+    def training_step(self, batch):
+        x, y = batch
+        return super().training_step((F.dropout(x, 0.5) if self.noise else x, y))
+
+
+SINGLE_SIDES = {
+    "random draws": {"layers": (lambda: nn.Dropout(0.5),)},
+    "buffers": {"layers": (lambda: nn.BatchNorm1d(6),)},
+    "several batches": {"accumulate": 2, "solve_batches": 3},
+    "many parameters": {"layers": (Shifted,) * 13},
+    "a function": {"problem": HasFunction},
+}
+
+
+@pytest.mark.parametrize("variant", SINGLE_SIDES)
+def test_the_sides_are_evaluated_one_after_the_other_where_they_cannot_be_one_function(variant, derivatives):
+    options = SINGLE_SIDES[variant]
+    found, expected = solved(**options), solved(compiled=False, **options)
+    assert derivatives.count("both sides") <= 1  # it may be a trial that finds out
+    assert derivatives.count("one side") > 1
+    assert_same(found, expected)
+
+
+def test_draws_that_begin_late_are_noticed(derivatives):
+    found = []
+    for compiled in (CAPTURED, False):
+        engine = engine_of(compiled, mlo.FiniteDifference(), problem=DrawsLate)
+        for i in range(12):
+            engine.problems["network"].noise = i >= 8
+            found.append(engine.hypergradient("weights")["logit"])
+    assert_same(found[:12], found[12:])
+    last = len(derivatives) - derivatives[::-1].index("both sides")
+    assert set(derivatives[last:]) == {"one side"}
+
+
+def test_a_loss_that_is_not_finite_on_the_other_side_is_an_error():
+    class Lower(mlo.Problem):
+        far = False
+
+        def training_step(self, batch):
+            w, x = self.params["w"], self.deps.upper.params["x"]
+            wall = torch.where(w < 0.99, math.inf, 0.0) if self.far else 0.0
+            return (w.square() - 2 * w * x + wall).sum()
+
+    class Upper(mlo.Problem):
+        def training_step(self, batch):
+            return self.deps.lower.params["w"].square().sum()
+
+    modules = [nn.ParameterDict({name: torch.ones(1)}) for name in "wx"]
+    method = mlo.FiniteDifference(scale=0.5, epsilon=0.1)
+    lower = Lower("lower", modules[0], depends_on=["upper"], hypergradient=method, compile=CAPTURED)
+    engine = mlo.Engine([lower, Upper("upper", modules[1], depends_on=["lower"])])
+    for _ in range(5):
+        assert engine.hypergradient("upper")["x"].item() == pytest.approx(2, rel=1e-9)
+    lower.far = True
+    with pytest.raises(mlo.LossError, match="returned inf"):
+        engine.hypergradient("upper")
+
+
 def test_each_kind_of_evaluation_is_compiled_once():
     """Training of either problem, and the shifted evaluations, of which both sides are one function."""
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -15,11 +15,10 @@ from mlo.hypergradient.base import HypergradientMethod
 from mlo.hypergradient.first_order import first_order_only
 from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
 from mlo.options import is_count, is_number
-from mlo.products.central_differences import differences
 from mlo.products.directional import loss_gradients, shift_length
 from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport, Status
-from mlo.vectors import Vector, norm
+from mlo.vectors import Vector, differences, norm
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mlo.hypergradient.implicit import ImplicitMethod, Solution, gradient_norm, is_read, normalising_factor, scaled
+from mlo.hypergradient.implicit import ImplicitMethod, Solution, gradient_norm, is_read, normalising_factor
 from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
 from mlo.linear_system import LinearSystem
 from mlo.stage_function import StageFunction
 from mlo.status import SolveReport, Status
-from mlo.vectors import Vector, norm, scale
+from mlo.vectors import Vector, norm, scale, scaled
 
 # Below this a vector's length is in the range of every dtype.
 _IN_RANGE = 1e4

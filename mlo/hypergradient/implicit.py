@@ -20,7 +20,7 @@ from mlo.products import DoubleBackward, Product
 from mlo.reverse_pass import gradients
 from mlo.stage_function import StageFunction
 from mlo.status import SolveReport, Status
-from mlo.vectors import Vector, norm, scale
+from mlo.vectors import Vector, norm, scale, scaled
 
 # Lengths whose squares are safe in every dtype that a solver works in.
 _SAFE = (1e-8, 1e8)
@@ -196,13 +196,6 @@ def is_read(stage: StageFunction, status: Status) -> bool:
 def gradient_norm(gradient: Sequence[Tensor | None]) -> float:
     """Return ‖g‖ over the parameters that take part."""
     return norm([g for g in gradient if g is not None])
-
-
-def scaled(tensors: Sequence[Tensor | None], factor: float) -> tuple[Tensor | None, ...]:
-    """Return a multiple of vectors some of which are missing."""
-    live = [t for t in tensors if t is not None]
-    found = iter(scale(live, factor) if live else ())
-    return tuple([None if t is None else next(found) for t in tensors])
 
 
 def _warm_start_key(stage: StageFunction) -> str | None:

@@ -16,7 +16,7 @@ from mlo.options import is_number
 from mlo.products.base import Linearisation, Product
 from mlo.products.directional import NEARER, DirectionalLinearisation, loss_gradients, shift_length
 from mlo.stage_function import StageFunction, leaves
-from mlo.vectors import Vector, add, norm, rounding_unit, scale_, scale_and_add_, subtract
+from mlo.vectors import Vector, add, norm, rounding_unit, scale_and_add_
 
 # The two sides are looked at more closely where they differ by this share of the loss: a shift changes it by less.
 _SUSPICIOUS = 0.01
@@ -142,12 +142,10 @@ def central_difference(
     theta = leaves(shifted) if in_theta or stage.asks_for_gradients else shifted
     at = theta if in_theta else x
     with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
-        there, ahead = evaluate.value_and_gradients(at)
-        _reflect(shifted, solution)
-        back, behind = evaluate.value_and_gradients(at)
+        there, back, changes = evaluate.difference(at, shifted, solution, factor)
     if abs(there - back) > _SUSPICIOUS * max(abs(there), abs(back)) and stage.repetition_check_due():
         _check_repeatable(stage, back, theta, x)
-    return differences(ahead, behind, factor)
+    return changes
 
 
 def _asks_for_gradients(stage: StageFunction, theta: Vector, x: Vector) -> bool:
@@ -171,15 +169,6 @@ def _fits(direction: Sequence[Tensor], solution: Sequence[Tensor]) -> bool:
     return all(alone(d) and d.stride() == t.stride() for d, t in zip(direction, solution, strict=True))
 
 
-def _reflect(shifted: Vector, centre: Sequence[Tensor]) -> None:
-    """Replace θ + d by θ − d in its place: allocating memory anew takes several times as long as filling it.
-
-    Past autograd, whose graph of the first side is gone, and past the count of writes: it is not the loss that writes.
-    """
-    with torch.set_grad_enabled(False):
-        torch._foreach_lerp_([t.data for t in shifted], tuple(centre), 2.0)
-
-
 def _check_repeatable(stage: StageFunction, there: float, at: Vector, x: Vector) -> None:
     """Raise an error if the loss has another value in a second evaluation at the same point."""
     with torch.no_grad(), stage.evaluation(at, leaves(x, False)) as evaluate:
@@ -194,23 +183,3 @@ def _check_repeatable(stage: StageFunction, there: float, at: Vector, x: Vector)
             "global generators of torch, NumPy or Python, which are replayed, and not from one of your own; or use a "
             "method with one evaluation per solve, such as Identity or Neumann by double backward."
         )
-
-
-def differences(
-    ahead: Sequence[Tensor | None], behind: Sequence[Tensor | None], factor: float
-) -> tuple[Tensor | None, ...]:
-    """Return (ahead − behind)·factor, where one that is missing counts as zero and both missing as `None`."""
-    there: list[Tensor] = []
-    back: list[Tensor] = []
-    for a, b in zip(ahead, behind, strict=True):
-        if a is None or b is None:
-            return tuple([_difference(a, b, factor) for a, b in zip(ahead, behind, strict=True)])
-        there.append(a)
-        back.append(b)
-    return scale_(subtract(there, back), factor)
-
-
-def _difference(a: Tensor | None, b: Tensor | None, factor: float) -> Tensor | None:
-    if a is None:
-        return None if b is None else b * -factor
-    return (a if b is None else a - b) * factor

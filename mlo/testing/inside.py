@@ -8,13 +8,15 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
+from mlo.binding import Binding
 from mlo.engine import Engine
 from mlo.errors import ConfigurationError
-from mlo.evaluation import Binding, Evaluation, replayed
+from mlo.evaluation import Evaluation
 from mlo.graph import ProblemGraph
 from mlo.hypergradient import Dense, HypergradientMethod
 from mlo.links import Links
 from mlo.member import MicroBatch, cuda_devices
+from mlo.outcome import replayed
 from mlo.random_state import Preserved
 from mlo.solve_batches import Previews
 from mlo.status import SolveReport
