@@ -7,43 +7,28 @@ import itertools
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from mlo.errors import MloWarning
-from mlo.vectors import Vector
-
-Found = tuple[Tensor | None, ...]
+from mlo.traced import Derivatives, Traced
 
 # torch's switch for tracing a reverse pass together with the forward pass that it goes back through.
 _SWITCH = "trace_autograd_ops"
 
-# How torch is to trace; by default it does not look whether a module has got hooks since.
-_SETTINGS = {_SWITCH: True, "skip_nnmodule_hook_guards": False}
+# How torch is to trace. By default it does not look whether a module has got hooks since, and draws NumPy's random
+# numbers itself; and it can be told to take parameters for constants.
+_SETTINGS = {
+    _SWITCH: True,
+    "skip_nnmodule_hook_guards": False,
+    "use_numpy_random_stream": True,
+    "install_free_tensors": False,
+}
+_MISSING = object()
 
-
-class Derivatives(NamedTuple):
-    """Which derivatives of a loss L are wanted.
-
-    Attributes:
-        at: the tensors in which the gradient is.
-        mixed_at: x, if it is not the gradient that is wanted but vᵀ ∂²L/∂at∂x.
-        vector: v.
-        gradient_too: whether it is both.
-        shifted: parameters that the loss sees, if the difference of two gradients is wanted: at their values less at
-            their reflection in `centre`, which they have afterwards. The loss there comes after the difference.
-        centre: see there.
-
-    """
-
-    at: Vector
-    mixed_at: Vector = ()
-    vector: Vector = ()
-    gradient_too: bool = False
-    shifted: Vector = ()
-    centre: Vector = ()
+#: A compiled solve whose numbers leave its end open is made anew; where that is the rule, none is compiled.
+ATTEMPTS = 4
 
 
 class CompiledLoss:
@@ -57,48 +42,43 @@ class CompiledLoss:
     Attributes:
         failure: why it cannot be compiled, `None` as long as torch could.
         both_sides: whether both sides of a difference may be one function, as far as is known.
-        graphs: how many were compiled.
+        attempts: how many more whole solves may come to nothing, one after the other, before no more are made.
 
     """
 
     def __init__(self, title: str, options: Mapping[str, Any]) -> None:
         """Prepare; nothing is compiled before the first call. Warnings call the loss by its `title`."""
         self.failure: str | None = None
-        self.both_sides, self.graphs = True, 0
+        self.both_sides, self.attempts = True, ATTEMPTS
         self._title, self._options = title, options
-        self._functions: dict[Hashable, Callable[..., tuple[Any, Found, bool]]] = {}
+        self._functions: dict[Hashable, Callable[..., Traced]] = {}
         failures = torch._dynamo.exc
         self._failures = (failures.TorchDynamoException, failures.FailOnRecompileLimitHit)
 
-    def __call__(self, function: Callable[[Any], Any], batch: Any, derivatives: Derivatives) -> tuple[Any, Found, bool]:
+    def __call__(self, function: Callable[[Any], Any], batch: Any, derivatives: Derivatives) -> Traced:
         """Return what `function(batch)` returns, without a graph, derivatives of the loss, and whether it has any.
-
-        Of two derivatives, they come one after the other; `None` stands for what the loss does not reach.
 
         Raises:
             CannotCompileError: nothing was evaluated. If `function` itself is not at fault, say `give_up`.
 
         """
-        # One function for all of them would be compiled for any shape once it was called with a second one.
-        shapes = tuple([t.shape for t in derivatives.at]), tuple([t.shape for t in derivatives.mixed_at])
-        kind = *shapes, bool(derivatives.shifted)
-        compiled = self._functions.get(kind)
+        compiled = self._functions.get(derivatives.kind)
         if compiled is None:
-            compiled = self._functions[kind] = _compiled(_derivatives, self._options, self._count)
+            compiled = _compiled(derivatives.traced, self._options)
+            self._functions[derivatives.kind] = compiled
         config: Any = torch._dynamo.config
-        before = [getattr(config, name) for name in _SETTINGS]
-        for name, value in _SETTINGS.items():
+        found = [(name, value, getattr(config, name, _MISSING)) for name, value in _SETTINGS.items()]
+        # To set one takes a microsecond, and those that torch does not have cannot be set.
+        changed = [(name, value, before) for name, value, before in found if before not in (value, _MISSING)]
+        for name, value, _ in changed:
             setattr(config, name, value)
         try:
-            return compiled(function, batch, *derivatives)
+            return compiled(function, batch, *derivatives.arguments)
         except self._failures as error:
             raise CannotCompileError(_reason(error)) from error
         finally:
-            for name, value in zip(_SETTINGS, before, strict=True):
-                setattr(config, name, value)
-
-    def _count(self) -> None:
-        self.graphs += 1
+            for name, _, before in changed:
+                setattr(config, name, before)
 
     def give_up(self, error: CannotCompileError) -> None:
         """Warn that the loss is evaluated as it is from here on, and why."""
@@ -115,6 +95,12 @@ class CannotCompileError(Exception):
     """What torch objects to."""
 
 
+def switched_off() -> bool:
+    """Whether torch compiles nothing for the time being: by its environment, or in a mode that looks at operations."""
+    off: bool = torch._dynamo.config.disable
+    return off or torch._C._len_torch_dispatch_stack() > 0 or torch.is_anomaly_enabled()
+
+
 def _reason(error: Exception) -> str:
     """Return the beginning of what torch says, what a compiler objects to first, and the place that is named last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -127,13 +113,8 @@ def _reason(error: Exception) -> str:
 _LONGEST = 300
 
 
-def _compiled(
-    function: Any, options: Mapping[str, Any], compiles: Callable[[], None]
-) -> Callable[..., tuple[Any, Found, bool]]:
-    """Return a copy that is compiled for what it is called with; `compiles` is called each time.
-
-    It is a copy since torch keeps what it knows of shapes, and a few variants, for each name and code.
-    """
+def _compiled(function: Any, options: Mapping[str, Any]) -> Callable[..., Traced]:
+    """Return a compiled copy. Torch keeps what it knows of shapes, and a few variants, for each name and code."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_COPIES)}")
     arguments = {"backend": "inductor", **options, "fullgraph": True}
     backend = torch._dynamo.lookup_backend(arguments["backend"])
@@ -143,7 +124,6 @@ def _compiled(
 
     def checked(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         _reject_second_derivatives_of_functions(graph)
-        compiles()
         return backend(graph, inputs, **settings)
 
     return torch.compile(FunctionType(code, function.__globals__), **{**arguments, "backend": checked})
@@ -162,59 +142,6 @@ def _reject_second_derivatives_of_functions(graph: torch.fx.GraphModule) -> None
     passes = sum(node.target is torch.autograd.grad for g in graphs for node in g.nodes)
     if passes > 1 and any("autograd_function_apply" in target for target in called):
         raise NotImplementedError("torch.compile has no second derivative of a torch.autograd.Function")
-
-
-def _derivatives(
-    function: Callable[[Any], Any],
-    batch: Any,
-    at: Vector,
-    mixed_at: Vector,
-    vector: Vector,
-    gradient_too: bool,
-    shifted: Vector,
-    centre: Vector,
-) -> tuple[Any, Found, bool]:
-    result = function(batch)
-    slopes = _slopes((_loss(result),), at, create_graph=bool(mixed_at))
-    reached = any(t is not None for t in slopes)
-    if shifted:
-        with torch.no_grad():
-            for t, c in zip(shifted, centre, strict=True):
-                t.copy_(c + (c - t))
-        other = _loss(function(batch))
-        pairs = zip(slopes, _slopes((other,), at), strict=True)
-        changes = [None if a is None or b is None else a - b for a, b in pairs]
-        return _detached(result), (*changes, other.detach()), reached
-    if not mixed_at:
-        return _detached(result), slopes, reached
-    mixed = _slopes(slopes, mixed_at, vector)
-    if not gradient_too:
-        return _detached(result), mixed, reached  # and none of what only the gradient needs is computed
-    return _detached(result), (*[None if t is None else t.detach() for t in slopes], *mixed), reached
-
-
-def _slopes(outputs: Found, at: Vector, vector: Vector | None = None, create_graph: bool = False) -> Found:
-    """Return what `reverse_pass.gradients` does where all of `at` need one, in terms that torch.compile can trace."""
-    live: list[Tensor] = []
-    cotangents: list[Tensor] = []
-    for i, output in enumerate(outputs):
-        if output is not None and output.requires_grad:
-            live.append(output)
-            if vector is not None:
-                cotangents.append(vector[i])
-    if not live:
-        return (None,) * len(at)
-    return torch.autograd.grad(live, at, cotangents or None, create_graph=create_graph, allow_unused=True)
-
-
-def _loss(result: Any) -> Tensor:
-    return result["loss"] if isinstance(result, Mapping) else result  # type: ignore[no-any-return]
-
-
-def _detached(result: Any) -> Any:
-    if isinstance(result, Mapping):
-        return {key: value.detach() if isinstance(value, Tensor) else value for key, value in result.items()}
-    return result.detach()
 
 
 def missing_support() -> str | None:

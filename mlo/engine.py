@@ -199,7 +199,8 @@ class Engine:
 
         Args:
             steps: number of engine steps, at least 1.
-            validate_every: call `validate` after every so many steps; its metrics stand in the reports.
+            validate_every: call `validate` after every so many steps of the engine, those of runs before included; its
+                metrics stand in the reports.
             callbacks: each is called as `callback(engine, reports)` after every step (and its validation). One that
                 calls `engine.stop()` ends the run after this step.
 
@@ -408,9 +409,9 @@ class Engine:
         for d in self.graph.direct(member.name):
             if d not in used and d not in known:
                 warnings.warn(
-                    f"problem {member.name!r} declares that it depends on {d!r}, but its loss did not read it in its "
-                    "first step. Use self.deps in training_step, or remove the name from depends_on (if it is read in "
-                    "some steps only, nothing is wrong).",
+                    f"problem {member.name!r} declares that it depends on {d!r}, but its loss did not read it by "
+                    "self.deps in its first step. Use self.deps in training_step, or remove the name from depends_on "
+                    "if the loss uses it in no other way (if it is read in some steps only, nothing is wrong).",
                     UnusedDependencyWarning,
                     stacklevel=4,
                 )

@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass
 from operator import is_
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mlo import traced
 from mlo.ambient import Autocast
 from mlo.autograd_graph import reject_first_order_operations, reject_reentrant_checkpoints
 from mlo.binding import Binding
-from mlo.compiled_loss import CannotCompileError, Derivatives, Found
+from mlo.compiled_loss import ATTEMPTS, CannotCompileError
 from mlo.errors import ConfigurationError, EvaluationError
 from mlo.graph import ProblemGraph
 from mlo.links import Links
@@ -26,12 +28,17 @@ from mlo.response import respond
 from mlo.reverse_pass import gradients
 from mlo.stage_function import LossHere, StageFunction
 from mlo.status import SolveReport
-from mlo.vectors import Vector, reflect_, scaled
+from mlo.traced import Derivatives, Found
+from mlo.vectors import Vector, scaled
 
 _CHECKED_SOLVE = 2
 # How many parameters a stage may have, and of how many entries, whose two sides of a difference are compiled as one
 # function: it takes twice as long to compile and one more copy of them, and saves a call of some 0.05 ms.
 _FEW_TENSORS, _FEW_ENTRIES = 16, 2**14
+#: Up to how many steps a solve is compiled as a whole: the time that takes grows with them.
+MOST_STEPS = 20
+# And up to how many steps times parameters.
+_LONGEST_SOLVE = 128
 
 
 @dataclass
@@ -104,6 +111,7 @@ class _ProblemStage(StageFunction):
         self.title = member.title
         self.warm_starts = evaluation.warm_starts
         self.reports_solves = evaluation.reports is not None
+        self.compiles = member.compiled is not None
         self._evaluation, self._member = evaluation, member
         self._autocast = Autocast.capture(member.device_types)
 
@@ -121,6 +129,20 @@ class _ProblemStage(StageFunction):
 
     def _batches(self) -> list[MicroBatch]:
         return self._evaluation.batches(self._member)
+
+    def compiles_solve(self, steps: int) -> bool:
+        member = self._member
+        return (
+            member.compiles
+            and member.compiled is not None
+            and member.compiled.attempts > 0
+            and steps <= MOST_STEPS
+            and steps * len(member.trainable) <= _LONGEST_SOLVE
+            and not member.in_methods.next_is_due
+            and not self._evaluation.links[member.name].nested
+            and min(self.signs) > 0
+            and len(self._batches()) == 1
+        )
 
     def evaluation(self, solution: Sequence[Tensor], inputs: Sequence[Tensor]) -> _StageSpan:
         evaluation, member = self._evaluation, self._member
@@ -180,6 +202,11 @@ class _ProblemStage(StageFunction):
         # The first solve is left as cheap as it can be; what trains makes many.
         self._member.directional_solves += 1
         return self._member.directional_solves == _CHECKED_SOLVE
+
+    def solve_compiled(self, *, ended: bool) -> None:
+        compiled = self._member.compiled
+        assert compiled is not None, self._member.name
+        compiled.attempts = ATTEMPTS if ended else compiled.attempts - 1
 
     def record(self, report: SolveReport) -> None:
         if self._evaluation.reports is not None:
@@ -262,7 +289,7 @@ class _StageSpan(LossHere):
         if not wanted:
             return super().value_and_gradients(at)
         try:
-            value, found, _ = self._mean(Derivatives(wanted))
+            value, found, _ = self._mean(traced.gradient(wanted))
         except CannotCompileError as error:
             result = super().value_and_gradients(at)
             self._give_up(error)
@@ -278,16 +305,19 @@ class _StageSpan(LossHere):
         member, ((batch, state),) = self._member, self._batches
         compiled = member.compiled
         assert compiled is not None, member.name
-        derivatives, graphs = Derivatives(wanted, shifted=shifted, centre=tuple(centre)), compiled.graphs
+        derivatives = traced.difference(wanted, shifted, tuple(centre))
+        before = [t.clone() for t in shifted]
         try:
             there = replayed(member, batch, state, checked=False, compiled=derivatives)
         except CannotCompileError:
-            compiled.both_sides = False
-            return super().difference(at, shifted, centre, factor)
-        if compiled.graphs > graphs and state.moved():
+            result = super().difference(at, shifted, centre, factor)
+            compiled.both_sides = False  # since the loss, which has raised nothing now, is not at fault
+            return result
+        if state.moved():
             # The second side has had other draws.
             compiled.both_sides = False
-            reflect_(shifted, centre)
+            for t, kept in zip(shifted, before, strict=True):
+                t.copy_(kept)
             return super().difference(at, shifted, centre, factor)
         assert there.derivatives is not None, member.name
         *changes, here = there.derivatives
@@ -305,6 +335,8 @@ class _StageSpan(LossHere):
             and len(shifted) <= _FEW_TENSORS
             and sum(map(Tensor.numel, shifted)) <= _FEW_ENTRIES
             and all(map(is_, shifted, self._values[member.name]))
+            # Torch loses the reflection of a number in double precision (2.13).
+            and all(map(Tensor.dim, shifted))
             and not member.host_draws.possible
             and not self._binding.has_spares
         )
@@ -316,7 +348,8 @@ class _StageSpan(LossHere):
         if not wanted:
             return super().gradient_and_mixed_product(theta, x, vector, gradient_too=gradient_too)
         try:
-            _, found, reached = self._mean(Derivatives(theta, wanted, tuple(vector), gradient_too))
+            derivatives = traced.mixed_product(theta, wanted, tuple(vector), gradient_too=gradient_too)
+            _, found, reached = self._mean(derivatives)
         except CannotCompileError as error:
             result = super().gradient_and_mixed_product(theta, x, vector, gradient_too=gradient_too)
             self._give_up(error)
@@ -326,6 +359,32 @@ class _StageSpan(LossHere):
         if not gradient_too:
             return None, _placed(found, x)
         return found[: len(theta)], _placed(found[len(theta) :], x)
+
+    def whole_solve(
+        self,
+        theta: Vector,
+        x: Vector,
+        rhs: Vector,
+        decays: Vector,
+        run: Callable[..., Any],
+        steps: int,
+        factors: Vector,
+    ) -> tuple[list[float], Found] | None:
+        compiled = self._member.compiled
+        wanted = tuple([t for t in x if t.requires_grad])
+        if compiled is None or not self._compiled or not wanted:
+            return None
+        try:
+            _, found, reached = self._mean(traced.solve(theta, wanted, rhs, decays, run, steps, factors))
+        except CannotCompileError:
+            compiled.attempts -= 1
+            return None
+        if not reached:
+            compiled.attempts = 0
+            return None
+        *mixed, numbers = found
+        assert numbers is not None, self._member.name
+        return numbers.tolist(), _placed(mixed, x)
 
     def _give_up(self, error: CannotCompileError) -> None:
         assert self._member.compiled is not None
@@ -369,7 +428,7 @@ def _dense(found: Sequence[Tensor | None]) -> Found:
     return tuple([t.to_dense() if t is not None and t.is_sparse else t for t in found])
 
 
-def _placed(found: Found, at: Sequence[Tensor]) -> Found:
+def _placed(found: Sequence[Tensor | None], at: Sequence[Tensor]) -> Found:
     """Return what was found for those of `at` that need a gradient, `None` for the others."""
     given = iter(found)
     return tuple([next(given) if t.requires_grad else None for t in at])

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from mlo.compiled_loss import CompiledLoss, Derivatives, Found
+from mlo.compiled_loss import CompiledLoss, switched_off
 from mlo.data_feed import DataFeed
 from mlo.frame import ModuleSlots, ParameterNames, ParameterSlots
 from mlo.optimizer_facts import OptimizerFacts
 from mlo.problem import Problem
 from mlo.random_state import HostDraws, RandomState
 from mlo.recording import Recording
+from mlo.traced import Derivatives, Traced
 from mlo.vectors import Vector
 
 _GLOBAL_HOOKS = (
@@ -45,6 +46,11 @@ class CheckSchedule:
         """Count one evaluation, and return whether it is to be checked."""
         self.count += 1
         return self.count & (self.count - 1) == 0
+
+    @property
+    def next_is_due(self) -> bool:
+        """Whether the next evaluation is to be checked."""
+        return self.count & (self.count + 1) == 0
 
 
 class Member:
@@ -132,11 +138,11 @@ class Member:
     @property
     def compiles(self) -> bool:
         """Whether evaluations that are no checks are to be compiled, as far as is known."""
-        if self.compiled is None or self.compiled.failure is not None:
+        if self.compiled is None or self.compiled.failure is not None or switched_off():
             return False
         return not any(getattr(torch_modules, name) for name in _GLOBAL_HOOKS)  # which compiled code would not run
 
-    def compiled_loss(self, batch: Any, derivatives: Derivatives) -> tuple[Any, Found, bool]:
+    def compiled_loss(self, batch: Any, derivatives: Derivatives) -> Traced:
         """Return what `training_step` returns, derivatives of the loss, and whether it has any, from compiled code."""
         assert self.compiled is not None, self.name
         frame = self.problem._frame

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mlo.compiled_loss import Derivatives, Found
 from mlo.errors import EvaluationError, LossError
 from mlo.losses import checked_loss
 from mlo.member import Member
 from mlo.random_state import RandomState
+from mlo.traced import Derivatives, Found
 
 
 class Outcome(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -52,6 +52,22 @@ class LossHere(ABC):
         slope = gradients((self(),), theta, create_graph=True)
         return slope, gradients(slope, x, vector)
 
+    def whole_solve(
+        self,
+        theta: Vector,
+        x: Vector,
+        rhs: Vector,
+        decays: Vector,
+        run: Callable[..., Any],
+        steps: int,
+        factors: Vector,
+    ) -> tuple[list[float], tuple[Tensor | None, ...]] | None:
+        """Return the numbers of a solve by a `Recurrence`, with ‖g‖² after them, and Gᵀλ, from one compiled function.
+
+        `None` where there is no such function. Without `decays` there are none.
+        """
+        return None
+
 
 class StageFunction(ABC):
     """One stage's loss L(θ, x) as a function of its solution θ and of its inputs x.
@@ -69,6 +85,7 @@ class StageFunction(ABC):
         warm_starts: where solvers keep their last solution; `None` where nothing outlives the node.
         reports_solves: whether anybody reads the reports of solves that did not break down.
         asks_for_gradients: whether the loss is another one where θ needs no gradient (`if p.requires_grad`), or may be.
+        compiles: whether its evaluations may be compiled code.
         disposable_cotangents: whether nobody needs the cotangents of a pullback after it, so that a method may write to
             them.
 
@@ -82,6 +99,7 @@ class StageFunction(ABC):
     warm_starts: MutableMapping[str, Vector] | None = None
     reports_solves = True
     asks_for_gradients = True
+    compiles = False
     disposable_cotangents = False
     _solved = False
 
@@ -93,6 +111,13 @@ class StageFunction(ABC):
         """
         first, self._solved = not self._solved, True
         return first
+
+    def compiles_solve(self, steps: int) -> bool:
+        """Whether the next evaluation may be compiled code of a whole solve of that many steps, as far as is known."""
+        return False
+
+    def solve_compiled(self, *, ended: bool) -> None:  # noqa: B027  (most stages compile nothing)
+        """Take note of whether a compiled solve was one that nothing ended early."""
 
     @abstractmethod
     def evaluation(self, solution: Sequence[Tensor], inputs: Sequence[Tensor]) -> AbstractContextManager[LossHere]:

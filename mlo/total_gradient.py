@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mlo.binding import Binding
-from mlo.compiled_loss import CannotCompileError, Derivatives
+from mlo.compiled_loss import CannotCompileError
 from mlo.errors import EvaluationError
 from mlo.evaluation import Evaluation
 from mlo.links import Links
@@ -22,6 +22,7 @@ from mlo.random_state import Preserved, RandomState
 from mlo.response import pulled_back
 from mlo.reverse_pass import accumulate
 from mlo.stage_function import leaves
+from mlo.traced import Derivatives, gradient
 from mlo.vectors import Vector
 
 
@@ -154,7 +155,7 @@ def _evaluated(
     if member.compiled is None or compiled_at is None:
         return evaluated(None)
     try:
-        return evaluated(Derivatives(compiled_at))
+        return evaluated(gradient(compiled_at))
     except CannotCompileError as error:
         result = evaluated(None)
         member.compiled.give_up(error)

@@ -34,6 +34,7 @@ from mlo.bench.report import write_report
 from mlo.bench.report.selection import together
 from mlo.bench.runner import run
 from mlo.bench.specification import KINDS, Method
+from mlo.compiled_loss import CannotCompileError, CompiledLoss
 from mlo.errors import ConfigurationError
 
 CPU = torch.device("cpu")
@@ -179,11 +180,31 @@ def test_the_hand_written_sweep_computes_the_same(name, method):
 @pytest.mark.skipif(LIBRARIES["mlo-compiled"].unavailable() is not None, reason="this torch compiles no reverse pass")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "error::mlo.MloWarning")
-@pytest.mark.parametrize("method", methods("fd,identity"), ids=str)
+@pytest.mark.parametrize("method", methods("fd,identity,cg:3,neumann:3"), ids=str)
 def test_compiled_losses_give_the_same(method):
     case = case_of("chain last-2")
     compiled, ours = (LIBRARIES[name].hypergradient(case, method)() for name in ("mlo-compiled", "mlo"))
     assert relative_error(compiled, ours) < 1e-10
+
+
+@pytest.mark.skipif(LIBRARIES["mlo-compiled"].unavailable() is not None, reason="this torch compiles no reverse pass")
+@pytest.mark.filterwarnings("ignore::mlo.MloWarning")
+def test_what_is_called_compiled_and_is_not_is_a_failure(monkeypatch):
+    def refuse(*_):
+        raise CannotCompileError("the compiler is on strike")
+
+    monkeypatch.setattr(CompiledLoss, "__call__", refuse)
+    case, compiled = case_of("ridge 50"), LIBRARIES["mlo-compiled"]
+    with pytest.raises(RuntimeError, match=r"cannot be compiled as one function\. the compiler is on strike"):
+        compiled.hypergradient(case, Method("fd"))
+    loop = compiled.training(case, Method("fd"))
+    while loop.engine.step_count < 2:  # which are checks
+        loop.engine.step()
+    with pytest.raises(RuntimeError, match="on strike"):
+        loop.step()
+    assert compiled.refuses(case, Method("cg", 5)) is None
+    assert "20 steps" in compiled.refuses(case, Method("cg", 21))
+    assert "20 steps" in compiled.refuses(case, Method("gmres", 5))
 
 
 # The supernet's kinks (ReLU, max-pooling) let central differences of different lengths differ: the engine may warn.

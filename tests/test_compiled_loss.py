@@ -9,14 +9,16 @@ import math
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlo
-from mlo import compiled_loss
+from mlo import compiled_loss, evaluation, traced
 
 CAPTURED = {"backend": "aot_eager"}
 FIRST_ORDER = {
@@ -25,6 +27,14 @@ FIRST_ORDER = {
     "neumann by differences": mlo.Neumann(terms=3, scale=0.1, rtol=0, product=mlo.CentralDifferences()),
     "f2sa": mlo.F2SA(),
     "unroll by differences": mlo.Unroll(product=mlo.CentralDifferences()),
+}
+
+WHOLE_SOLVES = {
+    "cg": mlo.ConjugateGradient(max_steps=3, rtol=0, damping=1.0),
+    "cg to a tolerance": mlo.ConjugateGradient(max_steps=4, rtol=1e-6, atol=1e-8, damping=2.0),
+    "neumann": mlo.Neumann(terms=4),
+    "one term": mlo.Neumann(terms=1, scale=0.3),
+    "neumann in full": mlo.Neumann(terms=6, scale=0.02, rtol=0),
 }
 
 pytestmark = [
@@ -136,19 +146,20 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("method", FIRST_ORDER)
+@pytest.mark.parametrize("method", [*FIRST_ORDER, *WHOLE_SOLVES])
+@pytest.mark.filterwarnings("ignore::mlo.BreakdownWarning")
 def test_training_and_hypergradients_are_those_of_eager_code(method, variant):
-    options = VARIANTS[variant]
-    eager = trained(engine_of(False, FIRST_ORDER[method], **options))
-    assert_same(trained(engine_of(CAPTURED, FIRST_ORDER[method], **options)), eager)
+    options, given = VARIANTS[variant], {**FIRST_ORDER, **WHOLE_SOLVES}[method]
+    eager = trained(engine_of(False, given, **options))
+    assert_same(trained(engine_of(CAPTURED, given, **options)), eager)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
-@pytest.mark.parametrize("method", ["fd", "identity"])
+@pytest.mark.parametrize("method", ["fd", "identity", "cg", "neumann"])
 def test_the_default_compiler_gives_the_same_with_the_same_dropout_masks(method):
-    options = VARIANTS["batch norm and dropout"]
-    eager = trained(engine_of(False, FIRST_ORDER[method], **options), steps=4)
-    assert_same(trained(engine_of(True, FIRST_ORDER[method], **options), steps=4), eager)
+    options, given = VARIANTS["batch norm and dropout"], {**FIRST_ORDER, **WHOLE_SOLVES}[method]
+    eager = trained(engine_of(False, given, **options), steps=4)
+    assert_same(trained(engine_of(True, given, **options), steps=4), eager)
 
 
 def test_what_is_no_check_is_compiled():
@@ -230,6 +241,9 @@ def test_gradients_have_memory_of_their_own_in_the_layout_of_their_parameters():
         torch.testing.assert_close(p.grad, expected / length)
 
 
+KINDS = {traced._difference: "both sides", traced._solve: "solve"}
+
+
 @pytest.fixture
 def derivatives(monkeypatch):
     """What the compiled loss of the stage was asked for in methods, one after the other."""
@@ -237,17 +251,17 @@ def derivatives(monkeypatch):
     call = compiled_loss.CompiledLoss.__call__
 
     def watched(self, function, batch, wanted):
-        if function.__self__.name == "network" and not any(isinstance(t, nn.Parameter) for t in wanted.at):
-            asked.append("both sides" if wanted.shifted else "one side")
+        if function.__self__.name == "network" and not any(isinstance(t, nn.Parameter) for t in wanted.arguments[0]):
+            asked.append(KINDS.get(wanted.traced, "one side"))
         return call(self, function, batch, wanted)
 
     monkeypatch.setattr(compiled_loss.CompiledLoss, "__call__", watched)
     return asked
 
 
-def solved(problem=Network, *, evaluations=6, compiled=CAPTURED, **options):
+def solved(problem=Network, *, method=FIRST_ORDER["fd"], evaluations=6, compiled=CAPTURED, **options):
     """Return hypergradients at the beginning, at which nothing but the evaluations goes on."""
-    engine = engine_of(compiled, mlo.FiniteDifference(), problem=problem, **options)
+    engine = engine_of(compiled, method, problem=problem, **options)
     torch.manual_seed(3)
     for p in engine.problems["network"].module.parameters():
         p.data += 0.1 * torch.randn_like(p)
@@ -331,6 +345,57 @@ def test_draws_that_begin_late_are_noticed(derivatives):
     assert set(derivatives[last:]) == {"one side"}
 
 
+def test_draws_are_noticed_after_an_evaluation_that_failed():
+    """The one in which the function with the draws was compiled."""
+
+    class Fails(DrawsLate):
+        def training_step(self, batch):
+            found = super().training_step(batch)
+            return {**found, "loss": found["loss"] * self.factor}
+
+    found = []
+    for compiled in (CAPTURED, False):
+        engine = engine_of(compiled, mlo.FiniteDifference(), problem=Fails)
+        problem = engine.problems["network"]
+        problem.factor = torch.ones(())
+        for _ in range(5):
+            engine.hypergradient("weights")
+        problem.noise = True
+        problem.factor.fill_(math.nan)
+        with pytest.raises(mlo.LossError):
+            engine.hypergradient("weights")
+        problem.factor.fill_(1.0)
+        found.append([engine.hypergradient("weights")["logit"] for _ in range(4)])
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile"])
+def test_draws_are_noticed_where_torch_was_told_not_to_compile(stance):
+    with torch.compiler.set_stance(stance):
+        found = solved(layers=(lambda: nn.Dropout(0.5),))
+    assert_same(found, solved(compiled=False, layers=(lambda: nn.Dropout(0.5),)))
+
+
+def test_both_sides_stay_one_function_after_an_exception_of_the_loss(derivatives):
+    class Fails(Network):
+        fails = False
+
+        def training_step(self, batch):
+            if self.fails:
+                raise ValueError("the data is gone")
+            return super().training_step(batch)
+
+    engine = engine_of(CAPTURED, mlo.FiniteDifference(), problem=Fails)
+    for i in range(8):
+        engine.problems["network"].fails = i == 5
+        if i == 5:
+            with pytest.raises(ValueError, match="the data is gone"):
+                engine.hypergradient("weights")
+        else:
+            engine.hypergradient("weights")
+    assert derivatives[-1] == "both sides"
+
+
 def test_a_loss_that_is_not_finite_on_the_other_side_is_an_error():
     class Lower(mlo.Problem):
         far = False
@@ -353,6 +418,192 @@ def test_a_loss_that_is_not_finite_on_the_other_side_is_an_error():
     lower.far = True
     with pytest.raises(mlo.LossError, match="returned inf"):
         engine.hypergradient("upper")
+
+
+@pytest.mark.parametrize("method", WHOLE_SOLVES)
+def test_a_solve_of_known_length_is_one_function(method, derivatives):
+    found, expected = (solved(method=WHOLE_SOLVES[method], compiled=c) for c in (CAPTURED, False))
+    assert derivatives == ["solve"] * 3  # evaluations 3, 5 and 6
+    assert_same(found, expected)
+
+
+class Bowl(mlo.Problem):
+    """½ Σ hᵢ(wᵢ − xᵢ)² with curvatures that may change; the mixed derivative is −diag h."""
+
+    curvatures = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+
+    def training_step(self, batch):
+        w, x = self.params["w"], self.deps.upper.params["x"]
+        return 0.5 * (self.curvatures.to(w) * (w - x).square()).sum()
+
+
+class Cubes(mlo.Problem):
+    def training_step(self, batch):
+        return self.deps.lower.params["w"].pow(3).sum()
+
+
+def bowl(method, compiled=CAPTURED, dtype=torch.float64, lower=Bowl, **options):
+    x = torch.tensor([1.0, -2.0, 3.0], dtype=dtype)
+    low, top = nn.ParameterDict({"w": x.clone()}), nn.ParameterDict({"x": x.clone()})
+    if "optimizer" in options:
+        options["optimizer"] = options["optimizer"](low.parameters())
+    upper = Cubes("upper", top, depends_on=["lower"], optimizer=torch.optim.SGD(top.parameters(), lr=0.0))
+    return mlo.Engine(
+        [lower("lower", low, depends_on=["upper"], hypergradient=method, compile=compiled, **options), upper]
+    )
+
+
+def hypergradients(engine, count=6):
+    return [engine.hypergradient("upper")["x"] for _ in range(count)]
+
+
+def test_compiled_solves_are_those_of_the_closed_form(monkeypatch):
+    """With c = 3w² the hypergradient is Hλ: c itself after as many steps as eigenvalues, and (1 − (1 − sH)^K) c."""
+    h, c = Bowl.curvatures, 3 * torch.tensor([1.0, 4.0, 9.0])
+    kinds = []
+    call = compiled_loss.CompiledLoss.__call__
+
+    def watched(self, function, batch, wanted):
+        kinds.append((function.__self__.name, wanted.traced))
+        return call(self, function, batch, wanted)
+
+    monkeypatch.setattr(compiled_loss.CompiledLoss, "__call__", watched)
+    for method, expected in (
+        (mlo.ConjugateGradient(max_steps=3, rtol=0), c),
+        (mlo.ConjugateGradient(max_steps=3, rtol=0, damping=0.5), h / (h + 0.5) * c),
+        (mlo.Neumann(terms=5, scale=0.2), (1 - (1 - 0.2 * h) ** 5) * c),
+    ):
+        for found in hypergradients(bowl(method)):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert kinds == [("lower", traced._solve)] * 9
+
+
+def test_weight_decay_of_the_optimizer_is_in_the_hessian_of_a_compiled_solve():
+    h, c, decay = Bowl.curvatures, 3 * torch.tensor([1.0, 4.0, 9.0]), 0.25
+    engine = bowl(
+        mlo.ConjugateGradient(max_steps=3, rtol=0),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=decay),
+    )
+    for found in hypergradients(engine):
+        torch.testing.assert_close(found, h / (h + decay) * c, rtol=1e-12, atol=0)
+
+
+def test_single_precision_and_learning_rates_that_change():
+    engine = bowl(mlo.Neumann(terms=3, rtol=0), dtype=torch.float32, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for i in range(1, 10):
+        engine.problems["lower"].optimizer.param_groups[0]["lr"] = 0.02 * i
+        (found,) = hypergradients(engine, 1)
+        expected = (1 - (1 - 0.02 * i * Bowl.curvatures) ** 3) * 3 * torch.tensor([1.0, 4.0, 9.0])
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+class Dot(mlo.Problem):
+    """A parameter without dimensions, and one of another precision."""
+
+    def training_step(self, batch):
+        x = self.deps.upper.params["x"].sum()
+        return (2 * (self.params["a"] - x).square() + (self.params["b"].double() - x).square().sum()).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_parameters_without_dimensions_and_of_several_precisions(dtype):
+    def hypergradient(compiled, method):
+        low = nn.ParameterDict({"a": torch.tensor(0.5), "b": torch.ones(3, dtype=dtype)})
+        top = nn.ParameterDict({"x": torch.ones(2)})
+
+        class Reads(mlo.Problem):
+            def training_step(self, batch):
+                return self.deps.lower.params["a"].pow(2) + self.deps.lower.params["b"].double().pow(2).sum()
+
+        lower = Dot("lower", low, depends_on=["upper"], hypergradient=method, compile=compiled)
+        engine = mlo.Engine([lower, Reads("upper", top, depends_on=["lower"])])
+        return hypergradients(engine)[-1]
+
+    for method in (
+        mlo.ConjugateGradient(max_steps=1, rtol=0),
+        mlo.Neumann(terms=3, scale=0.1),
+        mlo.FiniteDifference(scale=0.1, epsilon=0.25),
+    )[: 2 if dtype is torch.bfloat16 else 3]:
+        found, expected = hypergradient(CAPTURED, method), hypergradient(False, method)
+        torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+#: Solves that something ends early: the curvatures, the method and the status.
+ENDED = {
+    "negative curvature": ([1.0, -2.0, 4.0], mlo.ConjugateGradient(max_steps=3, rtol=0), "NEGATIVE_CURVATURE"),
+    "no curvature": ([1.0, 0.0, 0.0], mlo.ConjugateGradient(max_steps=3, rtol=0), "SINGULAR"),
+    "converged": ([2.0, 2.0, 2.0], mlo.ConjugateGradient(max_steps=3), "CONVERGED"),
+    "a sum that grows": ([1.0, 2.0, 30.0], mlo.Neumann(terms=4, scale=0.1), "DIVERGED"),
+    "a sum that converges": ([2.0, 2.0, 2.0], mlo.Neumann(terms=4, scale=0.5), "CONVERGED"),
+}
+
+
+@pytest.mark.parametrize("case", ENDED)
+@pytest.mark.filterwarnings("ignore::mlo.BreakdownWarning")
+def test_a_solve_that_something_ends_early_is_made_anew(case, monkeypatch):
+    """And is compiled no more once that has happened time after time."""
+    curvatures, method, status = ENDED[case]
+    tried = []
+    monkeypatch.setattr(Bowl, "curvatures", torch.tensor([1.0, 2.0, 4.0]))
+    whole = evaluation._StageSpan.whole_solve
+
+    def watched(self, *arguments):
+        tried.append(whole(self, *arguments))
+        return tried[-1]
+
+    monkeypatch.setattr(evaluation._StageSpan, "whole_solve", watched)
+    outcomes = []
+    for compiled in (CAPTURED, False):
+        engine = bowl(method, compiled, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+        for i in range(24):
+            if i == 6:
+                monkeypatch.setattr(Bowl, "curvatures", torch.tensor(curvatures))
+            report = engine.step()["upper"]
+            solve = report.solves["upper/lower"]
+            numbers = (report.gradient_norm, solve.worst_residual, solve.gradient_norm)
+            outcomes.append((*solve.statuses, solve.iterations, solve.products, *[round(n, 9) for n in numbers]))
+        monkeypatch.setattr(Bowl, "curvatures", torch.tensor([1.0, 2.0, 4.0]))
+    assert outcomes[:24] == outcomes[24:]
+    assert outcomes[10][0] is mlo.Status[status]
+    assert sum(t is not None for t in tried) == 3 + compiled_loss.ATTEMPTS  # the first are at steps 3, 5 and 6
+
+
+NOT_WHOLE = {
+    "a warm start": {"method": mlo.ConjugateGradient(max_steps=3, warm_start=True)},
+    "a preconditioner": {"method": mlo.ConjugateGradient(max_steps=3, preconditioner=mlo.Nystrom(rank=2, damping=0.1))},
+    "a method of one's own": {"method": type("Mine", (mlo.ConjugateGradient,), {})(max_steps=3)},
+    "other products": {"method": mlo.ConjugateGradient(max_steps=3, product=mlo.ForwardOverReverse())},
+    "too many steps": {"method": mlo.ConjugateGradient(max_steps=21, rtol=0)},
+    "too many parameters": {"method": mlo.ConjugateGradient(max_steps=20, rtol=0), "layers": (Shifted,) * 3},
+    "no number of terms": {"method": mlo.Neumann(terms=None, scale="auto", rtol=0.5)},
+    "a scale to be found": {"method": mlo.Neumann(terms=3, scale="auto")},
+    "several batches": {"method": WHOLE_SOLVES["cg"], "solve_batches": 2},
+    "a function": {"method": WHOLE_SOLVES["cg"], "problem": HasFunction},
+}
+
+
+@pytest.mark.parametrize("case", NOT_WHOLE)
+@pytest.mark.filterwarnings("ignore::mlo.BreakdownWarning")
+def test_other_solves_are_what_they_are_without(case, derivatives):
+    found, expected = (solved(compiled=c, evaluations=18, **NOT_WHOLE[case]) for c in (CAPTURED, False))
+    tried = compiled_loss.ATTEMPTS if case == "a function" else 0  # only torch says that it has no second derivative
+    assert derivatives.count("solve") == tried
+    assert_same(found, expected)
+
+
+def test_a_stage_with_a_parameter_that_the_loss_does_not_reach(derivatives):
+    class Partial(Network):
+        def training_step(self, batch):
+            x, y = batch
+            weights = self.deps.weights.params["logit"].sigmoid()
+            return (weights * F.cross_entropy(self.module[:2](x)[:, :3], y, reduction="none")).mean()
+
+    found, expected = (solved(problem=Partial, method=WHOLE_SOLVES["cg"], compiled=c) for c in (CAPTURED, False))
+    assert derivatives.count("solve") == 1
+    assert_same(found, expected)
 
 
 def test_each_kind_of_evaluation_is_compiled_once():
@@ -410,7 +661,7 @@ def test_shapes_of_several_derivatives_are_not_taken_for_one_that_changes():
     compiled = compiled_loss.CompiledLoss("the loss", {"backend": backend})
     for rows in (2, 3, 4):
         at = torch.ones(rows, 2, requires_grad=True)
-        _, (gradient,), _ = compiled(lambda x, at=at: (x * at).sum(), torch.ones(1), compiled_loss.Derivatives((at,)))
+        _, (gradient,), _ = compiled(lambda x, at=at: (x * at).sum(), torch.ones(1), traced.gradient((at,)))
         torch.testing.assert_close(gradient, torch.ones(rows, 2))
     assert sizes == []
 
@@ -601,6 +852,52 @@ def test_a_loss_that_becomes_non_finite_is_an_error():
     engine.problems["network"].temperature = math.nan
     with pytest.raises(mlo.LossError, match="nan"):
         engine.step()
+
+
+class NumpyNoise(Network):
+    def training_step(self, batch):
+        x, y = batch
+        return super().training_step((x + 0.1 * torch.from_numpy(np.random.randn(10, 5)), y))
+
+
+def test_random_numbers_of_numpy_are_its_own():
+    """Torch would draw them from its own generator."""
+    found = []
+    for compiled in (CAPTURED, False):
+        np.random.seed(3)
+        engine = engine_of(compiled, mlo.FiniteDifference(), problem=NumpyNoise)
+        if compiled:
+            with pytest.warns(mlo.MloWarning, match="numpy"):
+                found.append([*trained(engine), torch.tensor(np.random.rand())])
+        else:
+            found.append([*trained(engine), torch.tensor(np.random.rand())])
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("way", ["config", "dispatch mode", "anomaly mode"])
+def test_where_torch_compiles_nothing_for_a_while_the_loss_is_run_as_it_is(way):
+    class Nothing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    engine, eager = (engine_of(c, mlo.FiniteDifference()) for c in (CAPTURED, False))
+    around = {
+        "config": lambda: torch._dynamo.config.patch(disable=True),
+        "dispatch mode": Nothing,
+        "anomaly mode": lambda: torch.autograd.set_detect_anomaly(True),
+    }
+    with around[way]():
+        for _ in range(3):
+            assert engine.step()["network"].metrics["compiled"] == 0
+    reports = [engine.step() for _ in range(2)]
+    assert reports[-1]["network"].metrics["compiled"] == 1
+    assert_same(trained(engine), trained(eager, steps=17))
+
+
+def test_settings_of_torch_that_make_constants_of_parameters_do_not_matter():
+    with torch._dynamo.config.patch(install_free_tensors=True):
+        assert_same(solved(), solved(compiled=False))
+        assert torch._dynamo.config.install_free_tensors is True
 
 
 def test_torch_is_left_as_it_was():

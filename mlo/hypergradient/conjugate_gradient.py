@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from mlo.hypergradient.implicit import ImplicitMethod, Solution
 from mlo.hypergradient.nystrom import ApproximateInverse, Nystrom
 from mlo.linear_system import LinearSystem
 from mlo.options import is_count, is_number
+from mlo.recurrence import Ending, Recurrence, TracedProduct
+from mlo.stage_function import StageFunction
 from mlo.status import Status
+from mlo.traced import inner
 from mlo.vectors import Vector, add, add_, dot, norm, rounding_unit, scale, scale_and_add_, subtract, zeros_like
 
 # A direction counts as one of no curvature below this many rounding units of the largest curvature met: at a
@@ -238,8 +244,61 @@ class ConjugateGradient(KrylovMethod):
             status = Status.CONVERGED
         return Solution(_or_zero(adjoint, system), status, step, math.sqrt(error) / size)
 
+    def recurrence(self) -> Recurrence | None:
+        """Return the steps, if they begin from zero and have no preconditioner."""
+        plain = type(self) is ConjugateGradient and not self.warm_start and self.preconditioner is None
+        return _Steps(self) if plain else None
+
     def _inverse(self, system: LinearSystem, *, needed: bool) -> ApproximateInverse | None:
         return self.preconditioner.inverse(system) if needed and self.preconditioner is not None else None
+
+
+class _Steps(Recurrence):
+    """What `ConjugateGradient.solve` does, with pᵀHp, p·p and r·r for each direction p and the residual r after it."""
+
+    def __init__(self, method: ConjugateGradient) -> None:
+        self.steps, self._method = method.max_steps, method
+
+    @staticmethod
+    def run(
+        product: TracedProduct, rhs: Sequence[Tensor], steps: int, factors: Vector
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        adjoint = [torch.zeros_like(r) for r in rhs]
+        residual = direction = list(rhs)
+        error = squared = inner(residual, residual)
+        rows = []
+        for _ in range(steps):
+            curved = product(direction)
+            if factors:
+                curved = [c + f * d for c, f, d in zip(curved, factors, direction, strict=True)]
+            curvature = inner(direction, curved)
+            length = error / curvature
+            adjoint = [a + length.to(a.dtype) * d for a, d in zip(adjoint, direction, strict=True)]
+            residual = [r - length.to(r.dtype) * c for r, c in zip(residual, curved, strict=True)]
+            after = inner(residual, residual)
+            rows.append([curvature, squared, after])
+            growth = after / error
+            direction = [r + growth.to(r.dtype) * d for r, d in zip(residual, direction, strict=True)]
+            error, squared = after, after + growth**2 * squared
+        return adjoint, rows
+
+    def factors(self, stage: StageFunction, rhs: Vector) -> Vector:
+        damping = self._method.damping
+        return tuple([t.new_tensor(damping) for t in rhs]) if damping else ()
+
+    def ending(self, numbers: Sequence[float], rhs: Vector, size: float) -> Ending | None:
+        tolerance, flat = self._method._tolerance(rhs, size), FLAT * rounding_unit(rhs)
+        error, steepest = size**2, 0.0
+        for curvature, squared, after in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
+            if not math.sqrt(error) > tolerance or _out_of_range(curvature, squared, error) is not None:
+                return None
+            bent = curvature / squared
+            steepest = max(steepest, bent)
+            if not bent > flat * steepest or not math.isfinite(after):
+                return None
+            error = after
+        status = Status.TRUNCATED if math.sqrt(error) > tolerance else Status.CONVERGED
+        return Ending(status, self.steps, math.sqrt(error) / size, self.steps)
 
 
 def _next_direction(direction: Vector, growth: float, improved: Vector, step: int) -> Vector:

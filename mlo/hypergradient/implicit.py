@@ -17,8 +17,9 @@ from mlo.hypergradient.base import HypergradientMethod
 from mlo.hypergradient.first_order import first_order_only
 from mlo.linear_system import LinearSystem
 from mlo.products import DoubleBackward, Product
+from mlo.recurrence import Recurrence
 from mlo.reverse_pass import gradients
-from mlo.stage_function import StageFunction
+from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport, Status
 from mlo.vectors import Vector, norm, scale, scaled
 
@@ -106,6 +107,10 @@ class ImplicitMethod(HypergradientMethod):
             return self._differentiable_pullback(stage, cotangents, solution, inputs)
         size = norm(cotangents)
         factor = normalising_factor(size)
+        if stage.compiles and factor == 1.0 and not torch.is_grad_enabled():
+            found = self._compiled_pullback(stage, tuple(cotangents), solution, inputs, needed, size)
+            if found is not None:
+                return found
         with torch.set_grad_enabled(False), self.product.linearised(stage, solution, inputs, needed) as linearisation:
             rhs = cotangents if factor == 1.0 else scale(cotangents, factor)
             key = _warm_start_key(stage)
@@ -113,6 +118,52 @@ class ImplicitMethod(HypergradientMethod):
             adjoint = self.solve_and_settle(stage, system)
             mixed = linearisation.mixed_product(adjoint)
         return first_order_only(self, stage, scaled(mixed, -1 / factor), (*cotangents, *solution, *inputs))
+
+    def recurrence(self) -> Recurrence | None:
+        """Return the solver as arithmetic of a known length, if it is that: then it can be compiled."""
+        return None
+
+    def _compiled_pullback(
+        self,
+        stage: StageFunction,
+        cotangents: Vector,
+        solution: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+        size: float,
+    ) -> tuple[Tensor | None, ...] | None:
+        """Return −Gᵀ H⁻ᵀ c from one compiled function of the whole solve, if there is one and nothing ends it early."""
+        recurrence = self.recurrence()
+        if recurrence is None or type(self.product) is not DoubleBackward or not 0 < size < math.inf:
+            return None
+        if not stage.compiles_solve(recurrence.steps):
+            return None
+        theta, x, factors = leaves(solution), leaves(inputs, needed), recurrence.factors(stage, cotangents)
+        decays: Vector = ()
+        if any(stage.weight_decays):
+            decays = tuple([c.new_tensor(d) for c, d in zip(cotangents, stage.weight_decays, strict=True)])
+        with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
+            found = evaluate.whole_solve(theta, x, cotangents, decays, recurrence.run, recurrence.steps, factors)
+        if found is None:
+            return None
+        (*numbers, squared), mixed = found
+        ending = recurrence.ending(numbers, cotangents, size)
+        stage.solve_compiled(ended=ending is not None)
+        if ending is None:
+            return None
+        self.settle(
+            stage,
+            SolveReport(
+                stage=stage.name,
+                method=type(self).__name__,
+                status=ending.status,
+                iterations=ending.iterations,
+                relative_residual=ending.relative_residual,
+                products=ending.products,
+                gradient_norm=math.sqrt(squared),
+            ),
+        )
+        return scaled(mixed, -1.0)
 
     def _differentiable_pullback(
         self, stage: StageFunction, cotangents: Sequence[Tensor], solution: Sequence[Tensor], inputs: Sequence[Tensor]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from mlo.hypergradient.conjugate_gradient import FLAT
 from mlo.hypergradient.implicit import ImplicitMethod, Solution
 from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
 from mlo.linear_system import LinearSystem
 from mlo.options import is_count, is_number
+from mlo.recurrence import Ending, Recurrence, TracedProduct
+from mlo.stage_function import StageFunction
 from mlo.status import Status
+from mlo.traced import inner
 from mlo.vectors import Vector, add, add_, norm, rounding_unit, scale, zeros_like
 
 # A residual that has grown by this factor does not come back, and would overflow in the end.
@@ -133,6 +138,10 @@ class Neumann(ImplicitMethod):
         status = Status.DIVERGED if size > before else Status.TRUNCATED
         return Solution(scale(total, factors), status, terms, size / first)
 
+    def recurrence(self) -> Recurrence | None:
+        """Return the series, if its number of terms is given and its factors are known."""
+        return None if type(self) is not Neumann or self.terms is None or self.scale == "auto" else _Series(self)
+
     def _factors(self, system: LinearSystem) -> float | tuple[float, ...] | None:
         """Return the diagonal of S, a number for each tensor or one for all; `None` where H is zero."""
         if not isinstance(self.scale, str):
@@ -143,6 +152,41 @@ class Neumann(ImplicitMethod):
         if not math.isfinite(largest):
             return math.nan
         return 1 / (_SAFETY * largest) if largest > 0 else None
+
+
+class _Series(Recurrence):
+    """What `Neumann.solve` does, with ‖r‖² for each residual r."""
+
+    def __init__(self, method: Neumann) -> None:
+        assert method.terms is not None
+        assert not isinstance(method.scale, str)
+        self.steps, self._method, self._scale = method.terms, method, method.scale
+
+    @staticmethod
+    def run(
+        product: TracedProduct, rhs: Sequence[Tensor], steps: int, factors: Vector
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        residual = total = list(rhs)
+        rows = []
+        for _ in range(steps - 1):
+            curved = product([f * r for f, r in zip(factors, residual, strict=True)])
+            residual = [r - c for r, c in zip(residual, curved, strict=True)]
+            total = [t + r for t, r in zip(total, residual, strict=True)]
+            rows.append([inner(residual, residual)])
+        return [f * t for f, t in zip(factors, total, strict=True)], rows
+
+    def factors(self, stage: StageFunction, rhs: Vector) -> Vector:
+        found = scale_factors(self._method, self._scale, stage)
+        each = found if isinstance(found, tuple) else (found,) * len(rhs)
+        return tuple([t.new_tensor(f) for t, f in zip(rhs, each, strict=True)])
+
+    def ending(self, numbers: Sequence[float], rhs: Vector, size: float) -> Ending | None:
+        rtol = self._method.rtol
+        limit = size * max(rtol, rounding_unit(rhs)) if rtol else 0.0
+        sizes = [size, *[math.sqrt(n) if n >= 0 else math.nan for n in numbers]]
+        if any(_end(s, size, limit) is not None for s in sizes) or sizes[-1] > sizes[max(len(sizes) - 2, 0)]:
+            return None
+        return Ending(Status.TRUNCATED, self.steps, sizes[-1] / size, self.steps - 1)
 
 
 def _next(system: LinearSystem, residual: Vector, factors: float | tuple[float, ...], *, in_place: bool) -> Vector:

@@ -115,7 +115,8 @@ class HypergradientCheck:
             return f"{worst.name!r}: {worst.method} reports no solve; a method that passes no gradient is never right."
         return (
             f"{worst.name!r}: {worst.method} says that its solves converged, and the derivative of the re-solved stage "
-            "is another one. A detach() or no_grad() in its loss hides a dependence; else the method is wrong."
+            "is another one. A detach() or no_grad() in its loss hides a dependence, or solve=LBFGS() has not solved "
+            "it exactly enough (try a smaller tolerance); else the method is wrong."
         )
 
 

@@ -13,12 +13,13 @@ from mlo.bench.libraries.base import Library, Training
 from mlo.bench.specification import NYSTROM_DAMPING, SHIFT, Method
 from mlo.bench.stage import Case, Gradient, Stage
 from mlo.compiled_loss import missing_support
+from mlo.evaluation import MOST_STEPS
 
 # An engine whose upper problem warms up for ever trains the stages alone.
 _FOR_EVER = 10**9
 
 # What `compile=True` is for, and the calls in which everything is compiled: every other one of the first is a check.
-_COMPILED = ("fd", "identity")
+_COMPILED = ("fd", "identity", "cg", "neumann")
 _UNTIL_COMPILED = 6
 
 
@@ -138,8 +139,8 @@ class OursCompiled(Ours):
 
     def refuses(self, case: Case, method: Method) -> str | None:
         """Return what it lacks."""
-        if method.kind not in _COMPILED:
-            return f"no product with a Hessian is compiled, so that {method.kind} is that of mlo"
+        if method.kind not in _COMPILED or (method.budget or 0) > MOST_STEPS:
+            return f"only {', '.join(_COMPILED)} are compiled, with up to {MOST_STEPS} steps; others are those of mlo"
         return super().refuses(case, method)
 
     def hypergradient(self, case: Case, method: Method) -> Callable[[], Gradient]:

@@ -1,0 +1,63 @@
+"""A solver as arithmetic of a known length, which compiled code can do without a look at a number."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mlo.stage_function import StageFunction
+from mlo.status import Status
+from mlo.vectors import Vector
+
+#: Hᵀ·vector for a vector of one tensor for each parameter.
+TracedProduct = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+class Ending(NamedTuple):
+    """How a solve ended.
+
+    Attributes:
+        status: see `SolveReport`.
+        iterations: likewise.
+        relative_residual: likewise.
+        products: likewise.
+
+    """
+
+    status: Status
+    iterations: int
+    relative_residual: float | None
+    products: int
+
+
+class Recurrence(ABC):
+    """How a solve of Hᵀλ = c goes if nothing ends it early.
+
+    A compiled function of the loss and of the whole solve takes no more than the arithmetic: no autograd, no Python
+    between two products, no waiting for a number. How the solve went is read from its numbers afterwards; one that
+    `solve` would have ended early is made anew by `solve`.
+
+    Attributes:
+        steps: how many steps it makes.
+
+    """
+
+    steps: int
+
+    @staticmethod
+    @abstractmethod
+    def run(
+        product: TracedProduct, rhs: Sequence[Tensor], steps: int, factors: Vector
+    ) -> tuple[Sequence[Tensor], list[list[Tensor]]]:
+        """Return λ and one row of numbers for each step, in terms that torch.compile can trace."""
+
+    @abstractmethod
+    def factors(self, stage: StageFunction, rhs: Vector) -> Vector:
+        """Return the method's own numbers as tensors: as numbers they would be taken for constants."""
+
+    @abstractmethod
+    def ending(self, numbers: Sequence[float], rhs: Vector, size: float) -> Ending | None:
+        """Return how the solve ended, from all rows and ‖c‖ = `size`; `None` if `solve` would have ended it early."""

@@ -1,0 +1,164 @@
+"""Derivatives of a loss that one compiled function gives: the passes that `torch.compile` traces together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mlo.vectors import Vector
+
+Found = tuple[Tensor | None, ...]
+#: What a loss function has returned, without a graph; the derivatives; and whether the loss reaches what it is to.
+Traced = tuple[Any, Found, bool]
+
+
+class Derivatives(NamedTuple):
+    """What is wanted of a loss beside its value.
+
+    Attributes:
+        traced: `traced(function, batch, *arguments)` evaluates `function(batch)` and forms them.
+        arguments: see there.
+        kind: what a function is compiled for: one for all shapes would be compiled for any shape.
+
+    """
+
+    traced: Callable[..., Traced]
+    arguments: tuple[Any, ...]
+    kind: Hashable
+
+
+def gradient(at: Vector) -> Derivatives:
+    """Return ∂L/∂at as what is wanted, `None` where the loss does not reach."""
+    return Derivatives(_gradient, (at,), (_gradient, _shapes(at)))
+
+
+def mixed_product(at: Vector, x: Vector, vector: Vector, *, gradient_too: bool) -> Derivatives:
+    """Return vᵀ ∂²L/∂at∂x as what is wanted; after ∂L/∂at, if that is wanted too."""
+    traced = _gradient_and_mixed_product if gradient_too else _mixed_product
+    return Derivatives(traced, (at, x, vector), (traced, _shapes(at), _shapes(x)))
+
+
+def difference(at: Vector, shifted: Vector, centre: Vector) -> Derivatives:
+    """Return as what is wanted ∂L/∂at less ∂L/∂at where `shifted` is reflected in `centre`, and then the loss there.
+
+    `shifted` are parameters that the loss sees. Afterwards they are the reflection.
+    """
+    return Derivatives(_difference, (at, shifted, centre), (_difference, _shapes(at), _shapes(shifted)))
+
+
+def solve(
+    theta: Vector, x: Vector, rhs: Vector, decays: Vector, run: Callable[..., Any], steps: int, factors: Vector
+) -> Derivatives:
+    """Return Gᵀλ and then the numbers of the solve Hλ = c as what is wanted, one row of them for each step.
+
+    With g = ∂L/∂θ + decay·θ, H = ∂g/∂θ and G = ∂g/∂x. The last row is ‖g‖². The loss must reach all of θ.
+    `run`, `steps` and `factors` are those of a `Recurrence`.
+    """
+    return Derivatives(
+        _solve, (theta, x, rhs, decays, run, steps, factors), (_solve, run, steps, _shapes(theta), _shapes(x))
+    )
+
+
+def _shapes(tensors: Vector) -> tuple[torch.Size, ...]:
+    return tuple([t.shape for t in tensors])
+
+
+def _gradient(function: Callable[[Any], Any], batch: Any, at: Vector) -> Traced:
+    result = function(batch)
+    slopes = _slopes((_loss(result),), at)
+    return _detached(result), slopes, _any(slopes)
+
+
+def _mixed_product(function: Callable[[Any], Any], batch: Any, at: Vector, x: Vector, vector: Vector) -> Traced:
+    # None of what only the gradient needs is computed.
+    result, found, reached = _gradient_and_mixed_product(function, batch, at, x, vector)
+    return result, found[len(at) :], reached
+
+
+def _gradient_and_mixed_product(
+    function: Callable[[Any], Any], batch: Any, at: Vector, x: Vector, vector: Vector
+) -> Traced:
+    result = function(batch)
+    slopes = _slopes((_loss(result),), at, create_graph=True)
+    mixed = _slopes(slopes, x, vector)
+    return _detached(result), (*[None if t is None else t.detach() for t in slopes], *mixed), _any(slopes)
+
+
+def _difference(function: Callable[[Any], Any], batch: Any, at: Vector, shifted: Vector, centre: Vector) -> Traced:
+    result = function(batch)
+    ahead = _slopes((_loss(result),), at)
+    with torch.no_grad():
+        for t, c in zip(shifted, centre, strict=True):
+            t.copy_(c + (c - t))
+    there = _loss(function(batch))
+    pairs = zip(ahead, _slopes((there,), at), strict=True)
+    changes = [None if a is None or b is None else a - b for a, b in pairs]
+    return _detached(result), (*changes, there.detach()), _any(ahead)
+
+
+def _solve(
+    function: Callable[[Any], Any],
+    batch: Any,
+    theta: Vector,
+    x: Vector,
+    rhs: Vector,
+    decays: Vector,
+    run: Any,
+    steps: int,
+    factors: Vector,
+) -> Traced:
+    result = function(batch)
+    slopes = _slopes((_loss(result),), theta, create_graph=True)
+    live = [t for t in slopes if t is not None]
+    if len(live) < len(theta):
+        return _detached(result), slopes, False
+
+    def product(vector: Sequence[Tensor]) -> list[Tensor]:
+        found = torch.autograd.grad(live, theta, vector, retain_graph=True, allow_unused=True)
+        curved = [torch.zeros_like(t) if f is None else f for f, t in zip(found, theta, strict=True)]
+        if not decays:
+            return curved
+        return [c + d * v for c, d, v in zip(curved, decays, vector, strict=True)]
+
+    adjoint, rows = run(product, rhs, steps, factors)
+    g = [t.detach() for t in live]
+    if decays:
+        g = [t + d * p.detach() for t, d, p in zip(g, decays, theta, strict=True)]
+    numbers = torch.stack([number for row in [*rows, [inner(g, g)]] for number in row])
+    return _detached(result), (*_slopes(slopes, x, adjoint), numbers), True
+
+
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Return a·b over all entries, in double precision."""
+    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def _slopes(outputs: Found, at: Vector, vector: Sequence[Tensor] | None = None, create_graph: bool = False) -> Found:
+    """Return what `reverse_pass.gradients` does where all of `at` need one, in terms that torch.compile can trace."""
+    live: list[Tensor] = []
+    cotangents: list[Tensor] = []
+    for i, output in enumerate(outputs):
+        if output is not None and output.requires_grad:
+            live.append(output)
+            if vector is not None:
+                cotangents.append(vector[i])
+    if not live:
+        return (None,) * len(at)
+    return torch.autograd.grad(live, at, cotangents or None, create_graph=create_graph, allow_unused=True)
+
+
+def _any(found: Found) -> bool:
+    return any(t is not None for t in found)
+
+
+def _loss(result: Any) -> Tensor:
+    return result["loss"] if isinstance(result, Mapping) else result  # type: ignore[no-any-return]
+
+
+def _detached(result: Any) -> Any:
+    if isinstance(result, Mapping):
+        return {key: value.detach() if isinstance(value, Tensor) else value for key, value in result.items()}
+    return result.detach()
