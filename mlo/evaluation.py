@@ -322,7 +322,7 @@ class _StageSpan(LossHere):
         assert there.derivatives is not None, member.name
         *changes, here = there.derivatives
         value = checked_loss(here, member.title).item()
-        return there.loss.item(), value, _placed(scaled(_dense(changes), factor), at)
+        return there.loss.item(), value, _placed(scaled(changes, factor), at)
 
     def _has_both_sides(self, shifted: Vector) -> bool:
         """Whether one function may evaluate the loss at parameters and, once they were moved, at others."""
@@ -397,7 +397,8 @@ class _StageSpan(LossHere):
         found = [replayed(member, batch, state, checked=False, compiled=derivatives) for batch, state in batches]
         value = sum(o.loss.item() for o in found) / len(found)
         means = mean_derivatives([o.derivatives for o in found if o.derivatives is not None])
-        return value, _dense(means), any(o.has_derivatives for o in found)
+        dense = tuple([t.to_dense() if t is not None and t.is_sparse else t for t in means])
+        return value, dense, any(o.has_derivatives for o in found)
 
     def _begin(self) -> None:
         if self._again:
@@ -422,10 +423,6 @@ class _StageAtStep(_ProblemStage):
 
     def _batches(self) -> list[MicroBatch]:
         return self._recorded
-
-
-def _dense(found: Sequence[Tensor | None]) -> Found:
-    return tuple([t.to_dense() if t is not None and t.is_sparse else t for t in found])
 
 
 def _placed(found: Sequence[Tensor | None], at: Sequence[Tensor]) -> Found:

@@ -75,8 +75,9 @@ class Problem(ABC):
         warmup: number of engine steps in which the problem takes no steps, while those below it train.
         compile: `True`, or a dict of arguments for `torch.compile`: the loss and its derivatives are one compiled
             function, where these are first derivatives (training steps, central differences) or the mixed product of
-            `Identity`. The same results but for rounding. What torch cannot compile runs as it is, with a warning;
-            evaluations 1, 2, 4, 8, … stay eager, since the checks look at their graphs.
+            `Identity`; and so are whole solves of up to 20 steps by `ConjugateGradient` and `Neumann`. The same results
+            but for rounding. What torch cannot compile runs as it is, with a warning; evaluations 1, 2, 4, 8, … stay
+            eager, since the checks look at their graphs.
 
     Raises:
         ConfigurationError: an argument is of a wrong kind or out of range; or `compile` asks for what this torch

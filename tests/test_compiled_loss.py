@@ -205,18 +205,40 @@ def test_a_stage_that_the_upper_problem_maximises_over():
     torch.testing.assert_close(hypergradient(CAPTURED), hypergradient(False), rtol=1e-9, atol=0)
 
 
-def test_reports_are_those_of_eager_code():
+@pytest.mark.parametrize("method", ["identity", "cg", "neumann"])
+def test_reports_are_those_of_eager_code(method):
     found = []
     for compiled in (False, CAPTURED):
-        engine = engine_of(compiled, mlo.Identity(scale=0.1))
+        engine = engine_of(compiled, {**FIRST_ORDER, **WHOLE_SOLVES}[method])
         found.append(engine.run(7))
     for name, eager in found[0].items():
         captured = found[1][name]
         assert captured.loss == pytest.approx(eager.loss, rel=1e-9)
         assert captured.gradient_norm == pytest.approx(eager.gradient_norm, rel=1e-9)
         assert captured.metrics.get("accuracy") == eager.metrics.get("accuracy")
-    norms = [reports["weights"].solves["weights/network"].gradient_norm for reports in found]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-9)
+    eager, captured = (reports["weights"].solves["weights/network"] for reports in found)
+    assert captured.gradient_norm == pytest.approx(eager.gradient_norm, rel=1e-9)
+    assert captured.worst_residual == (eager.worst_residual and pytest.approx(eager.worst_residual, rel=1e-9))
+    for what in ("solves", "products", "iterations", "statuses"):
+        assert getattr(captured, what) == getattr(eager, what)
+
+
+def test_the_numbers_of_conjugate_gradients_are_what_they_are_called():
+    """pᵀHp, p·p and r·r of each step, and a solution whose residual is r."""
+    generator = torch.Generator().manual_seed(4)
+    root, c = (torch.randn(*shape, generator=generator) for shape in ((6, 6), (6,)))
+    h = root @ root.t() + torch.eye(6)
+    directions = []
+
+    def product(vector):
+        directions.append(vector[0])
+        return [h @ vector[0]]
+
+    (found,), rows = mlo.ConjugateGradient(max_steps=4).recurrence().run(product, (c,), 4, ())
+    for p, (curvature, squared, _) in zip(directions, rows, strict=True):
+        torch.testing.assert_close(curvature, p @ h @ p)
+        torch.testing.assert_close(squared, p @ p)
+    torch.testing.assert_close(rows[-1][-1], (c - h @ found).square().sum())
 
 
 class Sums(mlo.Problem):
@@ -286,6 +308,17 @@ class Shifted(nn.Module):
         return x + self.shift
 
 
+class Wide(nn.Module):
+    """Many entries in one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.linspace(0, 1, 6 * 4096).view(-1, 6))
+
+    def forward(self, x):
+        return x + self.shift.mean(0)
+
+
 class HasFunction(Network):
     """A loss with a `torch.autograd.Function`, of which torch compiles a first derivative alone."""
 
@@ -320,6 +353,7 @@ SINGLE_SIDES = {
     "buffers": {"layers": (lambda: nn.BatchNorm1d(6),)},
     "several batches": {"accumulate": 2, "solve_batches": 3},
     "many parameters": {"layers": (Shifted,) * 13},
+    "many entries": {"layers": (Wide,)},
     "a function": {"problem": HasFunction},
 }
 
@@ -520,7 +554,10 @@ def test_parameters_without_dimensions_and_of_several_precisions(dtype):
 
         lower = Dot("lower", low, depends_on=["upper"], hypergradient=method, compile=compiled)
         engine = mlo.Engine([lower, Reads("upper", top, depends_on=["lower"])])
-        return hypergradients(engine)[-1]
+        found = hypergradients(engine)[-1]
+        if compiled:  # and torch has not refused
+            assert engine._members["lower"].compiled.attempts == compiled_loss.ATTEMPTS
+        return found
 
     for method in (
         mlo.ConjugateGradient(max_steps=1, rtol=0),
@@ -536,6 +573,7 @@ ENDED = {
     "negative curvature": ([1.0, -2.0, 4.0], mlo.ConjugateGradient(max_steps=3, rtol=0), "NEGATIVE_CURVATURE"),
     "no curvature": ([1.0, 0.0, 0.0], mlo.ConjugateGradient(max_steps=3, rtol=0), "SINGULAR"),
     "converged": ([2.0, 2.0, 2.0], mlo.ConjugateGradient(max_steps=3), "CONVERGED"),
+    "converged well enough": ([2.0, 2.01, 2.02], mlo.ConjugateGradient(max_steps=3, rtol=0.02), "CONVERGED"),
     "a sum that grows": ([1.0, 2.0, 30.0], mlo.Neumann(terms=4, scale=0.1), "DIVERGED"),
     "a sum that converges": ([2.0, 2.0, 2.0], mlo.Neumann(terms=4, scale=0.5), "CONVERGED"),
 }
@@ -592,6 +630,35 @@ def test_other_solves_are_what_they_are_without(case, derivatives):
     tried = compiled_loss.ATTEMPTS if case == "a function" else 0  # only torch says that it has no second derivative
     assert derivatives.count("solve") == tried
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("method", ["cg", "neumann"])
+@pytest.mark.filterwarnings("ignore::mlo.BreakdownWarning")
+def test_solves_of_a_stage_that_maximises(method, derivatives):
+    found = []
+    for compiled in (CAPTURED, False):
+        engine = engine_of(compiled, WHOLE_SOLVES[method])
+        engine.problems["network"].optimizer.param_groups[0]["maximize"] = True
+        found.append([engine.hypergradient("weights")["logit"] for _ in range(6)])
+    assert "solve" not in derivatives
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("method", ["cg", "fd"])
+def test_evaluations_in_methods_are_checked_as_often_as_without(method, monkeypatch):
+    checked = []
+    reject = evaluation.Evaluation.reject_bypasses
+
+    def watched(self, member, loss, own_parameters):
+        checked.append(member.name)
+        return reject(self, member, loss, own_parameters)
+
+    monkeypatch.setattr(evaluation.Evaluation, "reject_bypasses", watched)
+    solved(method={**FIRST_ORDER, **WHOLE_SOLVES}[method], evaluations=20)
+    with_compiled = checked.count("network")
+    checked.clear()
+    solved(method={**FIRST_ORDER, **WHOLE_SOLVES}[method], evaluations=20, compiled=False)
+    assert with_compiled == checked.count("network") > 0
 
 
 def test_a_stage_with_a_parameter_that_the_loss_does_not_reach(derivatives):
