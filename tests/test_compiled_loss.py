@@ -535,7 +535,7 @@ def test_single_precision_and_learning_rates_that_change():
 
 
 class Dot(mlo.Problem):
-    """A parameter without dimensions, and one of another precision."""
+    """A parameter without dimensions and one with."""
 
     def training_step(self, batch):
         x = self.deps.upper.params["x"].sum()
@@ -545,7 +545,7 @@ class Dot(mlo.Problem):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_parameters_without_dimensions_and_of_several_precisions(dtype):
     def hypergradient(compiled, method):
-        low = nn.ParameterDict({"a": torch.tensor(0.5), "b": torch.ones(3, dtype=dtype)})
+        low = nn.ParameterDict({"a": torch.tensor(0.5, dtype=dtype), "b": torch.ones(3, dtype=dtype)})
         top = nn.ParameterDict({"x": torch.ones(2)})
 
         class Reads(mlo.Problem):
