@@ -132,8 +132,9 @@ def _solve(
 
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Return a·b over all entries, in double precision."""
-    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
+    """Return a·b over all entries: summed up in single precision at least, and over the tensors in double."""
+    wide = [(x, y) if x.dtype.itemsize > 2 else (x.float(), y.float()) for x, y in zip(a, b, strict=True)]
+    return torch.stack([(x * y).sum().double() for x, y in wide]).sum()
 
 
 def _slopes(outputs: Found, at: Vector, vector: Sequence[Tensor] | None = None, create_graph: bool = False) -> Found:
