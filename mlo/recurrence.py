@@ -56,7 +56,7 @@ class Recurrence(ABC):
 
     @abstractmethod
     def factors(self, stage: StageFunction, rhs: Vector) -> Vector:
-        """Return the method's own numbers as tensors: as numbers they would be taken for constants."""
+        """Return the method's own numbers as tensors (see `traced.numbers_as_tensors`)."""
 
     @abstractmethod
     def ending(self, numbers: Sequence[float], rhs: Vector, size: float) -> Ending | None:

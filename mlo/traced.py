@@ -117,18 +117,36 @@ def _solve(
         return _detached(result), slopes, False
 
     def product(vector: Sequence[Tensor]) -> list[Tensor]:
-        found = torch.autograd.grad(live, theta, vector, retain_graph=True, allow_unused=True)
-        curved = [torch.zeros_like(t) if f is None else f for f, t in zip(found, theta, strict=True)]
+        found = _slopes(slopes, theta, vector, retain_graph=True)
+        curved = [
+            torch.zeros_like(t) if f is None else f.to_dense() if f.is_sparse else f
+            for f, t in zip(found, theta, strict=True)
+        ]
         if not decays:
             return curved
-        return [c + d * v for c, d, v in zip(curved, decays, vector, strict=True)]
+        return [c + times(d, v) for c, d, v in zip(curved, decays, vector, strict=True)]
 
     adjoint, rows = run(product, rhs, steps, factors)
     g = [t.detach() for t in live]
     if decays:
-        g = [t + d * p.detach() for t, d, p in zip(g, decays, theta, strict=True)]
+        g = [t + times(d, p.detach()) for t, d, p in zip(g, decays, theta, strict=True)]
     numbers = torch.stack([number for row in [*rows, [inner(g, g)]] for number in row])
     return _detached(result), (*_slopes(slopes, x, adjoint), numbers), True
+
+
+def numbers_as_tensors(numbers: Sequence[float], like: Sequence[Tensor]) -> Vector:
+    """Return one tensor for each number, in single precision at least; as numbers they would be taken for constants."""
+    return tuple(
+        [
+            t.new_tensor(number, dtype=t.dtype if t.dtype.itemsize > 2 else torch.float32)
+            for number, t in zip(numbers, like, strict=True)
+        ]
+    )
+
+
+def times(number: Tensor, t: Tensor) -> Tensor:
+    """Return number·t in the dtype of t, where neither is rounded before."""
+    return (number * t.to(number.dtype)).to(t.dtype)
 
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -137,7 +155,14 @@ def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x * y).sum().double() for x, y in wide]).sum()
 
 
-def _slopes(outputs: Found, at: Vector, vector: Sequence[Tensor] | None = None, create_graph: bool = False) -> Found:
+def _slopes(
+    outputs: Found,
+    at: Vector,
+    vector: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> Found:
     """Return what `reverse_pass.gradients` does where all of `at` need one, in terms that torch.compile can trace."""
     live: list[Tensor] = []
     cotangents: list[Tensor] = []
@@ -148,7 +173,9 @@ def _slopes(outputs: Found, at: Vector, vector: Sequence[Tensor] | None = None, 
                 cotangents.append(vector[i])
     if not live:
         return (None,) * len(at)
-    return torch.autograd.grad(live, at, cotangents or None, create_graph=create_graph, allow_unused=True)
+    return torch.autograd.grad(
+        live, at, cotangents or None, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+    )
 
 
 def _any(found: Found) -> bool:

@@ -632,6 +632,61 @@ def test_other_solves_are_what_they_are_without(case, derivatives):
     assert_same(found, expected)
 
 
+class Lines(mlo.Problem):
+    """Of one parameter the loss is linear, of another the second derivative is sparse."""
+
+    def training_step(self, batch):
+        w, x = self.params, self.deps.upper.params["x"]
+        rows = F.embedding(torch.tensor([0, 2, 2]), w["c"], sparse=self.sparse)
+        return (w["a"] - x).square().sum() + 2 * w["b"].sum() + (rows - x[:2]).square().sum()
+
+
+class Squares(mlo.Problem):
+    def training_step(self, batch):
+        return sum(p.square().sum() for p in self.deps.lower.params.values())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("stance", ["default", "force_eager", "eager_on_recompile"])
+@pytest.mark.parametrize(
+    "method", [mlo.Neumann(terms=3, scale=0.1), mlo.ConjugateGradient(max_steps=2, rtol=0, damping=1.0)], ids=str
+)
+def test_solves_of_stages_with_parameters_of_no_curvature_or_with_sparse_gradients(method, stance, sparse):
+    found = []
+    for compiled in (CAPTURED, False):
+        low = nn.ParameterDict({"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(4, 2)})
+        top = nn.ParameterDict({"x": torch.linspace(0, 2, 3)})
+        lower = Lines("lower", low, depends_on=["upper"], hypergradient=method, compile=compiled)
+        lower.sparse = sparse
+        engine = mlo.Engine([lower, Squares("upper", top, depends_on=["lower"])])
+        with torch.compiler.set_stance(stance):
+            found.append(hypergradients(engine))
+        if compiled and stance == "default" and not sparse:
+            assert engine._members["lower"].compiled.attempts == compiled_loss.ATTEMPTS
+    assert_same(*found)
+
+
+def test_learning_rates_that_half_precision_cannot_hold():
+    """A factor is rounded with its product, not before."""
+    found = []
+    for compiled in (CAPTURED, False):
+        engine = bowl(
+            mlo.Neumann(terms=4, rtol=0),
+            compiled,
+            dtype=torch.float16,
+            lower=HalfBowl,
+            optimizer=lambda p: torch.optim.SGD(p, lr=1e-6),
+        )
+        found.append(hypergradients(engine)[-1])
+    torch.testing.assert_close(*found, rtol=3 * torch.finfo(torch.float16).eps, atol=0)
+
+
+class HalfBowl(Bowl):
+    def training_step(self, batch):
+        w, x = self.params["w"].float(), self.deps.upper.params["x"].float()
+        return 50 * (w - x).square().sum()
+
+
 @pytest.mark.parametrize("method", ["cg", "neumann"])
 @pytest.mark.filterwarnings("ignore::mlo.BreakdownWarning")
 def test_solves_of_a_stage_that_maximises(method, derivatives):

@@ -17,7 +17,7 @@ from mlo.options import is_count, is_number
 from mlo.recurrence import Ending, Recurrence, TracedProduct
 from mlo.stage_function import StageFunction
 from mlo.status import Status
-from mlo.traced import inner
+from mlo.traced import inner, numbers_as_tensors, times
 from mlo.vectors import Vector, add, add_, dot, norm, rounding_unit, scale, scale_and_add_, subtract, zeros_like
 
 # A direction counts as one of no curvature below this many rounding units of the largest curvature met: at a
@@ -270,7 +270,7 @@ class _Steps(Recurrence):
         for _ in range(steps):
             curved = product(direction)
             if factors:
-                curved = [c + f * d for c, f, d in zip(curved, factors, direction, strict=True)]
+                curved = [c + times(f, d) for c, f, d in zip(curved, factors, direction, strict=True)]
             curvature = inner(direction, curved)
             length = error / curvature
             adjoint = [a + length.to(a.dtype) * d for a, d in zip(adjoint, direction, strict=True)]
@@ -284,7 +284,7 @@ class _Steps(Recurrence):
 
     def factors(self, stage: StageFunction, rhs: Vector) -> Vector:
         damping = self._method.damping
-        return tuple([t.new_tensor(damping) for t in rhs]) if damping else ()
+        return numbers_as_tensors([damping] * len(rhs), rhs) if damping else ()
 
     def ending(self, numbers: Sequence[float], rhs: Vector, size: float) -> Ending | None:
         tolerance, flat = self._method._tolerance(rhs, size), FLAT * rounding_unit(rhs)

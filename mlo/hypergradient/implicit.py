@@ -21,6 +21,7 @@ from mlo.recurrence import Recurrence
 from mlo.reverse_pass import gradients
 from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport, Status
+from mlo.traced import numbers_as_tensors
 from mlo.vectors import Vector, norm, scale, scaled
 
 # Lengths whose squares are safe in every dtype that a solver works in.
@@ -139,9 +140,7 @@ class ImplicitMethod(HypergradientMethod):
         if not stage.compiles_solve(recurrence.steps):
             return None
         theta, x, factors = leaves(solution), leaves(inputs, needed), recurrence.factors(stage, cotangents)
-        decays: Vector = ()
-        if any(stage.weight_decays):
-            decays = tuple([c.new_tensor(d) for c, d in zip(cotangents, stage.weight_decays, strict=True)])
+        decays = numbers_as_tensors(stage.weight_decays, cotangents) if any(stage.weight_decays) else ()
         with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
             found = evaluate.whole_solve(theta, x, cotangents, decays, recurrence.run, recurrence.steps, factors)
         if found is None:

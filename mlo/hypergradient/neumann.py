@@ -18,7 +18,7 @@ from mlo.options import is_count, is_number
 from mlo.recurrence import Ending, Recurrence, TracedProduct
 from mlo.stage_function import StageFunction
 from mlo.status import Status
-from mlo.traced import inner
+from mlo.traced import inner, numbers_as_tensors, times
 from mlo.vectors import Vector, add, add_, norm, rounding_unit, scale, zeros_like
 
 # A residual that has grown by this factor does not come back, and would overflow in the end.
@@ -169,16 +169,16 @@ class _Series(Recurrence):
         residual = total = list(rhs)
         rows = []
         for _ in range(steps - 1):
-            curved = product([f * r for f, r in zip(factors, residual, strict=True)])
+            curved = product(list(map(times, factors, residual)))
             residual = [r - c for r, c in zip(residual, curved, strict=True)]
             total = [t + r for t, r in zip(total, residual, strict=True)]
             rows.append([inner(residual, residual)])
-        return [f * t for f, t in zip(factors, total, strict=True)], rows
+        return list(map(times, factors, total)), rows
 
     def factors(self, stage: StageFunction, rhs: Vector) -> Vector:
         found = scale_factors(self._method, self._scale, stage)
         each = found if isinstance(found, tuple) else (found,) * len(rhs)
-        return tuple([t.new_tensor(f) for t, f in zip(rhs, each, strict=True)])
+        return numbers_as_tensors(each, rhs)
 
     def ending(self, numbers: Sequence[float], rhs: Vector, size: float) -> Ending | None:
         rtol = self._method.rtol
