@@ -141,7 +141,7 @@ def _reject_second_derivatives_of_functions(graph: torch.fx.GraphModule) -> None
     called = [str(node.target) for g in graphs for node in g.nodes if node.op == "call_function"]
     passes = sum(node.target is torch.autograd.grad for g in graphs for node in g.nodes)
     if passes > 1 and any("autograd_function_apply" in target for target in called):
-        raise NotImplementedError("torch.compile has no second derivative of a torch.autograd.Function")
+        raise CannotCompileError("torch.compile has no second derivative of a torch.autograd.Function")
 
 
 def missing_support() -> str | None:

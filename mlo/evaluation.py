@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass
 from operator import is_
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from mlo.response import respond
 from mlo.reverse_pass import gradients
 from mlo.stage_function import LossHere, StageFunction
 from mlo.status import SolveReport
-from mlo.traced import Derivatives, Found
+from mlo.traced import Derivatives, Found, Solve
 from mlo.vectors import Vector, scaled
 
 _CHECKED_SOLVE = 2
@@ -360,22 +359,13 @@ class _StageSpan(LossHere):
             return None, _placed(found, x)
         return found[: len(theta)], _placed(found[len(theta) :], x)
 
-    def whole_solve(
-        self,
-        theta: Vector,
-        x: Vector,
-        rhs: Vector,
-        decays: Vector,
-        run: Callable[..., Any],
-        steps: int,
-        factors: Vector,
-    ) -> tuple[list[float], Found] | None:
+    def whole_solve(self, theta: Vector, x: Vector, given: Solve) -> tuple[list[float], Found] | None:
         compiled = self._member.compiled
         wanted = tuple([t for t in x if t.requires_grad])
         if compiled is None or not self._compiled or not wanted:
             return None
         try:
-            _, found, reached = self._mean(traced.solve(theta, wanted, rhs, decays, run, steps, factors))
+            _, found, reached = self._mean(traced.solve(theta, wanted, given))
         except CannotCompileError:
             compiled.attempts -= 1
             return None

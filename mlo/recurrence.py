@@ -17,15 +17,7 @@ TracedProduct = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class Ending(NamedTuple):
-    """How a solve ended.
-
-    Attributes:
-        status: see `SolveReport`.
-        iterations: likewise.
-        relative_residual: likewise.
-        products: likewise.
-
-    """
+    """How a solve ended, in the words and the order of `SolveReport`."""
 
     status: Status
     iterations: int

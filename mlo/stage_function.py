@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +14,7 @@ from mlo.losses import unreached
 from mlo.recording import RecordedStep, Recording
 from mlo.reverse_pass import gradients, reverse_pass
 from mlo.status import SolveReport
+from mlo.traced import Solve
 from mlo.vectors import Vector, differences, reflect_
 
 
@@ -53,18 +54,11 @@ class LossHere(ABC):
         return slope, gradients(slope, x, vector)
 
     def whole_solve(
-        self,
-        theta: Vector,
-        x: Vector,
-        rhs: Vector,
-        decays: Vector,
-        run: Callable[..., Any],
-        steps: int,
-        factors: Vector,
+        self, theta: Vector, x: Vector, given: Solve
     ) -> tuple[list[float], tuple[Tensor | None, ...]] | None:
-        """Return the numbers of a solve by a `Recurrence`, with ‖g‖² after them, and Gᵀλ, from one compiled function.
+        """Return the numbers of a solve, with ‖g‖² after them, and Gᵀλ, all from one compiled function.
 
-        `None` where there is no such function. Without `decays` there are none.
+        `None` where there is no such function.
         """
         return None
 

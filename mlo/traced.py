@@ -49,17 +49,32 @@ def difference(at: Vector, shifted: Vector, centre: Vector) -> Derivatives:
     return Derivatives(_difference, (at, shifted, centre), (_difference, _shapes(at), _shapes(shifted)))
 
 
-def solve(
-    theta: Vector, x: Vector, rhs: Vector, decays: Vector, run: Callable[..., Any], steps: int, factors: Vector
-) -> Derivatives:
-    """Return Gᵀλ and then the numbers of the solve Hλ = c as what is wanted, one row of them for each step.
+class Solve(NamedTuple):
+    """A solve Hᵀλ = c with H = ∂g/∂θ and g = ∂L/∂θ + decay·θ.
 
-    With g = ∂L/∂θ + decay·θ, H = ∂g/∂θ and G = ∂g/∂x. The last row is ‖g‖². The loss must reach all of θ.
-    `run`, `steps` and `factors` are those of a `Recurrence`.
+    Attributes:
+        rhs: c, one tensor for each of θ.
+        decays: one number for each of θ, or none where all are zero.
+        run: see `Recurrence`.
+        steps: likewise.
+        factors: likewise.
+
     """
-    return Derivatives(
-        _solve, (theta, x, rhs, decays, run, steps, factors), (_solve, run, steps, _shapes(theta), _shapes(x))
-    )
+
+    rhs: Vector
+    decays: Vector
+    run: Callable[..., Any]
+    steps: int
+    factors: Vector
+
+
+def solve(theta: Vector, x: Vector, given: Solve) -> Derivatives:
+    """Return Gᵀλ with G = ∂g/∂x as what is wanted, and then the numbers of the solve, one row of them for each step.
+
+    The last row is ‖g‖². The loss must reach all of θ.
+    """
+    kind = _solve, given.run, given.steps, _shapes(theta), _shapes(x)
+    return Derivatives(_solve, (theta, x, *given), kind)
 
 
 def _shapes(tensors: Vector) -> tuple[torch.Size, ...]:

@@ -21,7 +21,7 @@ from mlo.recurrence import Recurrence
 from mlo.reverse_pass import gradients
 from mlo.stage_function import StageFunction, leaves
 from mlo.status import SolveReport, Status
-from mlo.traced import numbers_as_tensors
+from mlo.traced import Solve, numbers_as_tensors
 from mlo.vectors import Vector, norm, scale, scaled
 
 # Lengths whose squares are safe in every dtype that a solver works in.
@@ -141,8 +141,9 @@ class ImplicitMethod(HypergradientMethod):
             return None
         theta, x, factors = leaves(solution), leaves(inputs, needed), recurrence.factors(stage, cotangents)
         decays = numbers_as_tensors(stage.weight_decays, cotangents) if any(stage.weight_decays) else ()
+        given = Solve(cotangents, decays, recurrence.run, recurrence.steps, factors)
         with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
-            found = evaluate.whole_solve(theta, x, cotangents, decays, recurrence.run, recurrence.steps, factors)
+            found = evaluate.whole_solve(theta, x, given)
         if found is None:
             return None
         (*numbers, squared), mixed = found
@@ -150,18 +151,7 @@ class ImplicitMethod(HypergradientMethod):
         stage.solve_compiled(ended=ending is not None)
         if ending is None:
             return None
-        self.settle(
-            stage,
-            SolveReport(
-                stage=stage.name,
-                method=type(self).__name__,
-                status=ending.status,
-                iterations=ending.iterations,
-                relative_residual=ending.relative_residual,
-                products=ending.products,
-                gradient_norm=math.sqrt(squared),
-            ),
-        )
+        self.settle(stage, SolveReport(stage.name, type(self).__name__, *ending, gradient_norm=math.sqrt(squared)))
         return scaled(mixed, -1.0)
 
     def _differentiable_pullback(
