@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any
 
 from torch import Tensor
 
 from mlo.errors import EvaluationError
-from mlo.frame import Frame, ModuleSlots
+from mlo.frame import Frame, ModuleSlots, Parameters, ParameterSlots
 from mlo.member import Member
 from mlo.vectors import Vector
 
@@ -75,11 +76,6 @@ class Binding:
         frame = place["_frame"] = Frame(values, seen)  # past the checks of options, at every evaluation
         return frame
 
-    @property
-    def has_spares(self) -> bool:
-        """Whether any buffers are spared."""
-        return bool(self._spared)
-
     def renew_buffers(self) -> None:
         """Begin with the problems' own buffers again, where they are spared."""
         if self._spared:
@@ -114,3 +110,63 @@ class Binding:
             "(it keeps its new value); expected a loss that only reads parameters. Use an out-of-place operation, or "
             "clone() first; a running average belongs in a buffer (register_buffer)."
         )
+
+
+class SharedBinding:
+    """The span in which the losses of several problems all see the same tensors, and write to the same spare buffers.
+
+    A context manager whose value is the `Frame` of the first of `evaluated`.
+
+    Args:
+        evaluated: the problems whose losses are evaluated.
+        members: the problems whose tensors they see.
+        slots: the places of their trainable parameters, in the order of `members`.
+        values: the tensors.
+
+    Attributes:
+        wrote_buffers: (afterwards) whether a loss wrote to buffers or replaced one, so that another one saw that.
+
+    """
+
+    __slots__ = ("_before", "_evaluated", "_slots", "_spared", "_spares", "_swapped", "_values", "wrote_buffers")
+
+    def __init__(
+        self,
+        evaluated: Sequence[Member],
+        members: Sequence[Member],
+        slots: ParameterSlots,
+        values: Mapping[str, Vector],
+    ) -> None:
+        """Take note of what to swap; nothing is touched yet."""
+        self._evaluated, self._slots, self._values = evaluated, slots, values
+        self._spared = [m.slots for m in members if m.slots.has_buffers]
+        self.wrote_buffers = False
+
+    def __enter__(self) -> Frame:
+        """Swap the tensors in."""
+        values = self._values
+        self._swapped = self._slots.put([t for tensors in values.values() for t in tensors])
+        self._spares: list[tuple[ModuleSlots, list[Any], list[Tensor], list[int]]] = []
+        for slots in self._spared:
+            kept = slots.copy_buffers()
+            copies = slots.buffers
+            self._spares.append((slots, kept, copies, [b._version for b in copies]))
+        parameters: dict[str, Parameters] = {}
+        frames = [Frame(values, m.seen, parameters) for m in self._evaluated]
+        self._before = [m.problem.__dict__.get("_frame") for m in self._evaluated]
+        for m, frame in zip(self._evaluated, frames, strict=True):
+            m.problem.__dict__["_frame"] = frame
+            for name in m.seen:
+                frame.parameters(name)  # what a frame takes note of must not change from call to call
+            m.problem.deps.prepare()
+        return frames[0]
+
+    def __exit__(self, *_: object) -> None:
+        """Swap them out again, whatever has happened."""
+        for m, before in zip(self._evaluated, self._before, strict=True):
+            m.problem.__dict__["_frame"] = before
+        for slots, kept, copies, versions in reversed(self._spares):
+            same = len(slots.buffers) == len(copies) and all(map(is_, slots.buffers, copies))
+            self.wrote_buffers = self.wrote_buffers or not same or versions != [b._version for b in copies]
+            slots.restore_buffers(kept)
+        self._slots.restore(self._swapped)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import FunctionType
 from typing import Any
 
 import torch
 
 from mlo.errors import MloWarning
-from mlo.traced import Derivatives, Traced
+from mlo.traced import Derivatives, Traced, UnfitLossError
 
 # torch's switch for tracing a reverse pass together with the forward pass that it goes back through.
 _SWITCH = "trace_autograd_ops"
@@ -25,10 +26,6 @@ _SETTINGS = {
     "use_numpy_random_stream": True,
     "install_free_tensors": False,
 }
-_MISSING = object()
-
-#: A compiled solve whose numbers leave its end open is made anew; where that is the rule, none is compiled.
-ATTEMPTS = 4
 
 
 class CompiledLoss:
@@ -41,19 +38,16 @@ class CompiledLoss:
 
     Attributes:
         failure: why it cannot be compiled, `None` as long as torch could.
-        both_sides: whether both sides of a difference may be one function, as far as is known.
-        attempts: how many more whole solves may come to nothing, one after the other, before no more are made.
 
     """
 
     def __init__(self, title: str, options: Mapping[str, Any]) -> None:
         """Prepare; nothing is compiled before the first call. Warnings call the loss by its `title`."""
         self.failure: str | None = None
-        self.both_sides, self.attempts = True, ATTEMPTS
         self._title, self._options = title, options
         self._functions: dict[Hashable, Callable[..., Traced]] = {}
         failures = torch._dynamo.exc
-        self._failures = (failures.TorchDynamoException, failures.FailOnRecompileLimitHit)
+        self._failures = (failures.TorchDynamoException, failures.FailOnRecompileLimitHit, UnfitLossError)
 
     def __call__(self, function: Callable[[Any], Any], batch: Any, derivatives: Derivatives) -> Traced:
         """Return what `function(batch)` returns, without a graph, derivatives of the loss, and whether it has any.
@@ -63,22 +57,19 @@ class CompiledLoss:
 
         """
         compiled = self._functions.get(derivatives.kind)
+        if compiled is not None and not getattr(torch._dynamo.config, _SWITCH):
+            # The settings are for tracing, and take a tenth of the time of a small function to set. Without them what
+            # has to be traced anew is refused.
+            with suppress(*self._failures):
+                return compiled(function, batch, *derivatives.arguments)
         if compiled is None:
             compiled = _compiled(derivatives.traced, self._options)
             self._functions[derivatives.kind] = compiled
-        config: Any = torch._dynamo.config
-        found = [(name, value, getattr(config, name, _MISSING)) for name, value in _SETTINGS.items()]
-        # To set one takes a microsecond, and those that torch does not have cannot be set.
-        changed = [(name, value, before) for name, value, before in found if before not in (value, _MISSING)]
-        for name, value, _ in changed:
-            setattr(config, name, value)
-        try:
-            return compiled(function, batch, *derivatives.arguments)
-        except self._failures as error:
-            raise CannotCompileError(_reason(error)) from error
-        finally:
-            for name, _, before in changed:
-                setattr(config, name, before)
+        with _settings():
+            try:
+                return compiled(function, batch, *derivatives.arguments)
+            except self._failures as error:
+                raise CannotCompileError(_reason(error)) from error
 
     def give_up(self, error: CannotCompileError) -> None:
         """Warn that the loss is evaluated as it is from here on, and why."""
@@ -89,6 +80,20 @@ class CompiledLoss:
             MloWarning,
             stacklevel=2,
         )
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Let torch trace as it is to; those settings that this torch does not have cannot be set."""
+    config: Any = torch._dynamo.config
+    before = {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)}
+    try:
+        for name in before:
+            setattr(config, name, _SETTINGS[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 class CannotCompileError(Exception):

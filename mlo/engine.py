@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mlo.ambient import Differentiating
+from mlo.compiled_sweep import compiled_sweeps
 from mlo.errors import BreakdownError, ConfigurationError, GraphError, MloWarning, UnusedDependencyWarning
 from mlo.evaluation import Evaluation
 from mlo.graph import ProblemGraph
@@ -72,6 +73,7 @@ class Engine:
         for name, member in self._members.items():
             member.see({q: self._members[q] for q in (name, *self.graph.direct(name))})
         self._links = {name: Links(self.graph, self._members, name) for name in self.graph.names}
+        self._sweeps = compiled_sweeps(self._links, self._members)
         self._warm_starts: dict[str, Vector] = {}
         self._notes: dict[str, dict[str, Any]] = {}
         self._solves: dict[str, list[SolveReport]] = {}
@@ -320,7 +322,7 @@ class Engine:
         warm_starts: MutableMapping[str, Vector],
         reports: list[SolveReport] | None,
     ) -> Evaluation:
-        return Evaluation(self.graph, self._links, self._members, batches, warm_starts, reports)
+        return Evaluation(self.graph, self._links, self._members, batches, warm_starts, reports, self._sweeps)
 
     # --- checks ------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from operator import is_
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
@@ -14,11 +13,12 @@ from mlo import traced
 from mlo.ambient import Autocast
 from mlo.autograd_graph import reject_first_order_operations, reject_reentrant_checkpoints
 from mlo.binding import Binding
-from mlo.compiled_loss import ATTEMPTS, CannotCompileError
+from mlo.compiled_loss import CannotCompileError
+from mlo.compiled_sweep import CompiledSweep
 from mlo.errors import ConfigurationError, EvaluationError
 from mlo.graph import ProblemGraph
 from mlo.links import Links
-from mlo.losses import checked_loss, unreached
+from mlo.losses import unreached
 from mlo.member import Member, MicroBatch
 from mlo.optimizer_steps import differentiable_step, optimizer_state, update_derivative
 from mlo.outcome import mean_derivatives, replayed
@@ -27,17 +27,10 @@ from mlo.response import respond
 from mlo.reverse_pass import gradients
 from mlo.stage_function import LossHere, StageFunction
 from mlo.status import SolveReport
-from mlo.traced import Derivatives, Found, Solve
-from mlo.vectors import Vector, scaled
+from mlo.traced import Derivatives, Found
+from mlo.vectors import Vector
 
 _CHECKED_SOLVE = 2
-# How many parameters a stage may have, and of how many entries, whose two sides of a difference are compiled as one
-# function: it takes twice as long to compile and one more copy of them, and saves a call of some 0.05 ms.
-_FEW_TENSORS, _FEW_ENTRIES = 16, 2**14
-#: Up to how many steps a solve is compiled as a whole: the time that takes grows with them.
-MOST_STEPS = 20
-# And up to how many steps times parameters.
-_LONGEST_SOLVE = 128
 
 
 @dataclass
@@ -51,6 +44,8 @@ class Evaluation:
         batches: for each problem, the batches and random states that its loss is evaluated on.
         warm_starts: where solvers keep their last solutions.
         reports: the solves, in the order in which they ended; `None` where nobody reads them.
+        sweeps: what of a problem's gradient may be compiled as one function, by its name.
+        eager: whether nothing is to be compiled.
 
     """
 
@@ -60,6 +55,8 @@ class Evaluation:
     batches: Callable[[Member], list[MicroBatch]]
     warm_starts: MutableMapping[str, Vector]
     reports: list[SolveReport] | None
+    sweeps: Mapping[str, CompiledSweep] = field(default_factory=dict)
+    eager: bool = False
 
     def add_responses(self, values: dict[str, Vector], order: Iterable[Member], path: str) -> None:
         """Add one response node for each problem of `order` to the values that a loss at `path` sees."""
@@ -110,7 +107,6 @@ class _ProblemStage(StageFunction):
         self.title = member.title
         self.warm_starts = evaluation.warm_starts
         self.reports_solves = evaluation.reports is not None
-        self.compiles = member.compiled is not None
         self._evaluation, self._member = evaluation, member
         self._autocast = Autocast.capture(member.device_types)
 
@@ -128,20 +124,6 @@ class _ProblemStage(StageFunction):
 
     def _batches(self) -> list[MicroBatch]:
         return self._evaluation.batches(self._member)
-
-    def compiles_solve(self, steps: int) -> bool:
-        member = self._member
-        return (
-            member.compiles
-            and member.compiled is not None
-            and member.compiled.attempts > 0
-            and steps <= MOST_STEPS
-            and steps * len(member.trainable) <= _LONGEST_SOLVE
-            and not member.in_methods.next_is_due
-            and not self._evaluation.links[member.name].nested
-            and min(self.signs) > 0
-            and len(self._batches()) == 1
-        )
 
     def evaluation(self, solution: Sequence[Tensor], inputs: Sequence[Tensor]) -> _StageSpan:
         evaluation, member = self._evaluation, self._member
@@ -194,18 +176,24 @@ class _ProblemStage(StageFunction):
         # What draws numbers of its own is found the first time; a loss that is merely curved is so at many steps.
         return self._member.in_doubt.due()
 
+    def repetition_check_next(self) -> bool:
+        schedule = self._member.in_doubt
+        if schedule.next_is_due:
+            return True
+        schedule.count += 1
+        return False
+
     def repetition_failed(self) -> None:
         self._member.in_doubt.count = 0  # the next one is due again
+
+    @property
+    def differences_checked(self) -> bool:  # type: ignore[override]
+        return min(self._member.differences, self._member.directional_solves) >= _CHECKED_SOLVE
 
     def symmetry_check_due(self) -> bool:
         # The first solve is left as cheap as it can be; what trains makes many.
         self._member.directional_solves += 1
         return self._member.directional_solves == _CHECKED_SOLVE
-
-    def solve_compiled(self, *, ended: bool) -> None:
-        compiled = self._member.compiled
-        assert compiled is not None, self._member.name
-        compiled.attempts = ATTEMPTS if ended else compiled.attempts - 1
 
     def record(self, report: SolveReport) -> None:
         if self._evaluation.reports is not None:
@@ -251,7 +239,7 @@ class _StageSpan(LossHere):
         try:
             nested = evaluation.links[member.name].nested
             # Checks look at the graph; and torch.compile does not go into the nodes of responses.
-            self._compiled = member.compiles and not self._checked and not nested
+            self._compiled = member.compiles and not (self._checked or nested or evaluation.eager)
             if nested:
                 evaluation.add_responses(self._values, nested, self._path)
             self._binding = Binding(
@@ -295,51 +283,6 @@ class _StageSpan(LossHere):
             return result
         return value, _placed(found, at)
 
-    def difference(
-        self, at: Sequence[Tensor], shifted: Vector, centre: Sequence[Tensor], factor: float
-    ) -> tuple[float, float, Found]:
-        wanted = tuple([t for t in at if t.requires_grad]) if self._has_both_sides(shifted) else ()
-        if not wanted:
-            return super().difference(at, shifted, centre, factor)
-        member, ((batch, state),) = self._member, self._batches
-        compiled = member.compiled
-        assert compiled is not None, member.name
-        derivatives = traced.difference(wanted, shifted, tuple(centre))
-        before = [t.clone() for t in shifted]
-        try:
-            there = replayed(member, batch, state, checked=False, compiled=derivatives)
-        except CannotCompileError:
-            result = super().difference(at, shifted, centre, factor)
-            compiled.both_sides = False  # since the loss, which has raised nothing now, is not at fault
-            return result
-        if state.moved():
-            # The second side has had other draws.
-            compiled.both_sides = False
-            for t, kept in zip(shifted, before, strict=True):
-                t.copy_(kept)
-            return super().difference(at, shifted, centre, factor)
-        assert there.derivatives is not None, member.name
-        *changes, here = there.derivatives
-        value = checked_loss(here, member.title).item()
-        return there.loss.item(), value, _placed(scaled(changes, factor), at)
-
-    def _has_both_sides(self, shifted: Vector) -> bool:
-        """Whether one function may evaluate the loss at parameters and, once they were moved, at others."""
-        member = self._member
-        return (
-            self._compiled
-            and member.compiled is not None
-            and member.compiled.both_sides
-            and len(self._batches) == 1
-            and len(shifted) <= _FEW_TENSORS
-            and sum(map(Tensor.numel, shifted)) <= _FEW_ENTRIES
-            and all(map(is_, shifted, self._values[member.name]))
-            # Torch loses the reflection of a number in double precision (2.13).
-            and all(map(Tensor.dim, shifted))
-            and not member.host_draws.possible
-            and not self._binding.has_spares
-        )
-
     def gradient_and_mixed_product(
         self, theta: Vector, x: Vector, vector: Sequence[Tensor], *, gradient_too: bool
     ) -> tuple[Found | None, Found]:
@@ -358,23 +301,6 @@ class _StageSpan(LossHere):
         if not gradient_too:
             return None, _placed(found, x)
         return found[: len(theta)], _placed(found[len(theta) :], x)
-
-    def whole_solve(self, theta: Vector, x: Vector, given: Solve) -> tuple[list[float], Found] | None:
-        compiled = self._member.compiled
-        wanted = tuple([t for t in x if t.requires_grad])
-        if compiled is None or not self._compiled or not wanted:
-            return None
-        try:
-            _, found, reached = self._mean(traced.solve(theta, wanted, given))
-        except CannotCompileError:
-            compiled.attempts -= 1
-            return None
-        if not reached:
-            compiled.attempts = 0
-            return None
-        *mixed, numbers = found
-        assert numbers is not None, self._member.name
-        return numbers.tolist(), _placed(mixed, x)
 
     def _give_up(self, error: CannotCompileError) -> None:
         assert self._member.compiled is not None

@@ -71,6 +71,11 @@ class ModuleSlots:
                     places[key] = buffer.clone()
         return before
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The buffers that the module runs with."""
+        return [buffer for places in self._buffers for buffer in places.values() if buffer is not None]
+
     def restore_buffers(self, kept: list[Any]) -> None:
         """Undo `copy_buffers`."""
         for places, buffers in zip(self._buffers, kept, strict=True):
@@ -131,10 +136,18 @@ class Frame:
 
     __slots__ = ("_parameters", "_seen", "_values", "used")
 
-    def __init__(self, values: Mapping[str, Vector], seen: Mapping[str, Named]) -> None:
-        """Keep the trainable tensors of each problem, and what is known of its parameters otherwise."""
+    def __init__(
+        self,
+        values: Mapping[str, Vector],
+        seen: Mapping[str, Named],
+        parameters: dict[str, Parameters] | None = None,
+    ) -> None:
+        """Keep the trainable tensors of each problem, and what is known of its parameters otherwise.
+
+        Frames over the same values may share the `parameters` that they have made.
+        """
         self._values, self._seen = values, seen
-        self._parameters: dict[str, Parameters] = {}
+        self._parameters: dict[str, Parameters] = {} if parameters is None else parameters
         self.used: set[str] = set()
 
     def parameters(self, problem: str) -> Parameters:

@@ -150,6 +150,7 @@ class Member:
         # The frame is to be the same at each call: what it takes note of would be another function at the next one.
         for name in self.seen:
             frame.parameters(name)
+        self.problem.deps.prepare()
         used, frame.used = frame.used, set()
         try:
             return self.compiled(self.problem.training_step, batch, derivatives)

@@ -50,18 +50,27 @@ def outcome(member: Member, batch: Any, *, checked: bool = True, compiled: Deriv
         EvaluationError: (if `checked`) it changed the batch in place.
 
     """
-    versions = _versions(batch) if checked else None
+    versions = batch_versions(batch) if checked else None
     found: Found | None = None
     reached = True
-    if compiled is None:
-        result = member.problem.training_step(batch)
-    else:
-        result, found, reached = member.compiled_loss(batch, compiled)
-    if checked and versions != _versions(batch):
+    try:
+        if compiled is None:
+            result = member.problem.training_step(batch)
+        else:
+            result, found, reached = member.compiled_loss(batch, compiled)
+    except AttributeError as error:
+        _name_the_remedy(error, member)
+        raise
+    if checked and versions != batch_versions(batch):
         raise EvaluationError(
             f"{member.title} changed its batch in place; expected a loss that only reads it, since a batch is used "
             "again when the stage's response is differentiated. Use an out-of-place operation, or clone() first."
         )
+    return interpreted(member, result, found, reached)
+
+
+def interpreted(member: Member, result: Any, found: Found | None, reached: bool) -> Outcome:
+    """Check what the loss has returned."""
     if isinstance(result, Tensor) or not isinstance(result, Mapping):
         return Outcome(checked_loss(result, member.title), {}, found, reached)
     if "loss" not in result:
@@ -70,6 +79,14 @@ def outcome(member: Member, batch: Any, *, checked: bool = True, compiled: Deriv
         )
     metrics = {key: number(value, f"{member.title}, {key!r}") for key, value in result.items() if key != "loss"}
     return Outcome(checked_loss(result["loss"], member.title), metrics, found, reached)
+
+
+def _name_the_remedy(error: AttributeError, member: Member) -> None:
+    """Add to the error of who looks for a dependency among the problem's own attributes where to find it."""
+    if error.obj is member.problem and error.name in member.problem.depends_on and hasattr(error, "add_note"):
+        error.add_note(
+            f"{error.name!r} is a dependency of problem {member.name!r}: it is read by self.deps.{error.name}."
+        )
 
 
 def replayed(
@@ -85,7 +102,8 @@ def replayed(
     return result
 
 
-def _versions(batch: Any) -> list[int]:
+def batch_versions(batch: Any) -> list[int]:
+    """Return how often each tensor of a batch was written to."""
     versions = []
     # Most batches are a tuple or a list of tensors, for which going through a tree takes longest.
     for part in batch if isinstance(batch, tuple | list) else (batch,):

@@ -75,9 +75,10 @@ class Problem(ABC):
         warmup: number of engine steps in which the problem takes no steps, while those below it train.
         compile: `True`, or a dict of arguments for `torch.compile`: the loss and its derivatives are one compiled
             function, where these are first derivatives (training steps, central differences) or the mixed product of
-            `Identity`; and so are whole solves of up to 20 steps by `ConjugateGradient` and `Neumann`. The same results
-            but for rounding. What torch cannot compile runs as it is, with a warning; evaluations 1, 2, 4, 8, … stay
-            eager, since the checks look at their graphs.
+            `Identity`; so is what `FiniteDifference`, `Identity`, `ConjugateGradient` and `Neumann` do at a stage, if
+            it is small or the steps are few (up to 20); and where all problems of a hypergradient have the same
+            `compile`, all of it. The same results but for rounding. What torch cannot compile runs as it is, with a
+            warning; evaluations 1, 2, 4, 8, … stay eager, since the checks look at their graphs.
 
     Raises:
         ConfigurationError: an argument is of a wrong kind or out of range; or `compile` asks for what this torch
@@ -400,6 +401,13 @@ class Dependencies:
         if frame is not None:
             frame.used.add(view.name)
         return view
+
+    def prepare(self) -> None:
+        """Make all views, so that it is not a compiled loss that makes them."""
+        if len(self._views) < len(self):
+            for role in self:
+                if role not in self._views:
+                    self._views[role] = self._view(role)
 
     def _view(self, role: str) -> DependencyView:
         problem = self._problem

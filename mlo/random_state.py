@@ -84,7 +84,9 @@ class RandomState(NamedTuple):
             self.host.restore()
 
     def moved(self) -> bool:
-        """Whether torch's generators have been drawn from since they were in this state."""
+        """Whether any of these generators has been drawn from since it was in this state."""
+        if self.host is not None and not self.host.unmoved():
+            return True
         now = RandomState.capture([device for device, _ in self.cuda], host=False)
         pairs = [(self.cpu, now.cpu), *((a, b) for (_, a), (_, b) in zip(self.cuda, now.cuda, strict=True))]
         return any(not torch.equal(a, b) for a, b in pairs)

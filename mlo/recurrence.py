@@ -28,16 +28,14 @@ class Ending(NamedTuple):
 class Recurrence(ABC):
     """How a solve of Hᵀλ = c goes if nothing ends it early.
 
-    A compiled function of the loss and of the whole solve takes no more than the arithmetic: no autograd, no Python
-    between two products, no waiting for a number. How the solve went is read from its numbers afterwards; one that
-    `solve` would have ended early is made anew by `solve`.
-
     Attributes:
         steps: how many steps it makes.
+        count: how many numbers they give.
 
     """
 
     steps: int
+    count: int
 
     @staticmethod
     @abstractmethod
@@ -47,9 +45,9 @@ class Recurrence(ABC):
         """Return λ and one row of numbers for each step, in terms that torch.compile can trace."""
 
     @abstractmethod
-    def factors(self, stage: StageFunction, rhs: Vector) -> Vector:
+    def factors(self, stage: StageFunction, theta: Sequence[Tensor]) -> Vector:
         """Return the method's own numbers as tensors (see `traced.numbers_as_tensors`)."""
 
     @abstractmethod
-    def ending(self, numbers: Sequence[float], rhs: Vector, size: float) -> Ending | None:
+    def ending(self, numbers: Sequence[float], theta: Sequence[Tensor], size: float) -> Ending | None:
         """Return how the solve ended, from all rows and ‖c‖ = `size`; `None` if `solve` would have ended it early."""

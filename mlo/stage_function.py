@@ -14,8 +14,7 @@ from mlo.losses import unreached
 from mlo.recording import RecordedStep, Recording
 from mlo.reverse_pass import gradients, reverse_pass
 from mlo.status import SolveReport
-from mlo.traced import Solve
-from mlo.vectors import Vector, differences, reflect_
+from mlo.vectors import Vector
 
 
 class LossHere(ABC):
@@ -30,19 +29,6 @@ class LossHere(ABC):
         loss = self()
         return loss.item(), gradients((loss,), at)
 
-    def difference(
-        self, at: Sequence[Tensor], shifted: Vector, centre: Sequence[Tensor], factor: float
-    ) -> tuple[float, float, tuple[Tensor | None, ...]]:
-        """Return the loss at θ = `shifted`, at its reflection in `centre`, and (gradient there − gradient here)·factor.
-
-        Afterwards `shifted`, which the loss sees for θ, is the reflection.
-        """
-        there, ahead = self.value_and_gradients(at)
-        # Past the count of writes, since it is not the loss that writes; its graph of the first side is gone.
-        reflect_(shifted, centre)
-        here, behind = self.value_and_gradients(at)
-        return there, here, differences(ahead, behind, factor)
-
     def gradient_and_mixed_product(
         self, theta: Vector, x: Vector, vector: Sequence[Tensor], *, gradient_too: bool
     ) -> tuple[tuple[Tensor | None, ...] | None, tuple[Tensor | None, ...]]:
@@ -52,15 +38,6 @@ class LossHere(ABC):
         """
         slope = gradients((self(),), theta, create_graph=True)
         return slope, gradients(slope, x, vector)
-
-    def whole_solve(
-        self, theta: Vector, x: Vector, given: Solve
-    ) -> tuple[list[float], tuple[Tensor | None, ...]] | None:
-        """Return the numbers of a solve, with ‖g‖² after them, and Gᵀλ, all from one compiled function.
-
-        `None` where there is no such function.
-        """
-        return None
 
 
 class StageFunction(ABC):
@@ -79,7 +56,7 @@ class StageFunction(ABC):
         warm_starts: where solvers keep their last solution; `None` where nothing outlives the node.
         reports_solves: whether anybody reads the reports of solves that did not break down.
         asks_for_gradients: whether the loss is another one where θ needs no gradient (`if p.requires_grad`), or may be.
-        compiles: whether its evaluations may be compiled code.
+        differences_checked: whether what is looked at in the first central differences has been.
         disposable_cotangents: whether nobody needs the cotangents of a pullback after it, so that a method may write to
             them.
 
@@ -93,7 +70,7 @@ class StageFunction(ABC):
     warm_starts: MutableMapping[str, Vector] | None = None
     reports_solves = True
     asks_for_gradients = True
-    compiles = False
+    differences_checked = False
     disposable_cotangents = False
     _solved = False
 
@@ -105,13 +82,6 @@ class StageFunction(ABC):
         """
         first, self._solved = not self._solved, True
         return first
-
-    def compiles_solve(self, steps: int) -> bool:
-        """Whether the next evaluation may be compiled code of a whole solve of that many steps, as far as is known."""
-        return False
-
-    def solve_compiled(self, *, ended: bool) -> None:  # noqa: B027  (most stages compile nothing)
-        """Take note of whether a compiled solve was one that nothing ended early."""
 
     @abstractmethod
     def evaluation(self, solution: Sequence[Tensor], inputs: Sequence[Tensor]) -> AbstractContextManager[LossHere]:
@@ -144,6 +114,10 @@ class StageFunction(ABC):
 
     def repetition_check_due(self) -> bool:
         """Whether a loss that is very different on both sides of a difference is to be evaluated once more."""
+        return True
+
+    def repetition_check_next(self) -> bool:
+        """Whether the next time it would be; if not, this one is counted."""
         return True
 
     def repetition_failed(self) -> None:  # noqa: B027  (most stages have nothing to note)

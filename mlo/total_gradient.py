@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mlo.binding import Binding
 from mlo.compiled_loss import CannotCompileError
+from mlo.compiled_sweep import CompiledTotal
 from mlo.errors import EvaluationError
 from mlo.evaluation import Evaluation
 from mlo.links import Links
@@ -63,6 +64,32 @@ def accumulate_total_gradient(
     The direct gradient and the cotangents of all responses come from one backward pass per batch; the
     cotangents of all batches together then go back through the responses, so that each stage is solved once.
     """
+    sweep = evaluation.sweeps.get(member.name)
+    whole = sweep.total if sweep is not None and len(batches) == 1 else None
+    if whole is None:
+        return _in_parts(evaluation, member, own, batches, states, repeatable=repeatable)
+    try:
+        done = _as_one(whole, evaluation, member, own, batches[0], training=states is None)
+        refused = False
+    except CannotCompileError:
+        done, refused, evaluation.eager = None, True, True
+    if done is None:
+        done = _in_parts(evaluation, member, own, batches, states, repeatable=repeatable)
+    if refused:
+        whole.give_up()  # since the losses, which have raised nothing now, are not at fault
+    return done
+
+
+def _in_parts(
+    evaluation: Evaluation,
+    member: Member,
+    own: Sequence[Tensor],
+    batches: Sequence[Any],
+    states: Sequence[RandomState] | None,
+    *,
+    repeatable: bool,
+) -> TotalGradient:
+    """Evaluate the loss on one batch after the other, and then go back through one stage after the other."""
     links, training = evaluation.links[member.name], states is None
     values = {m.name: m.constants() for m in links.constant}
     inputs = list(own)
@@ -79,7 +106,7 @@ def accumulate_total_gradient(
         for i, batch in enumerate(batches):
             due = schedule.due()
             # Checks look at the graph, which compiled code does not make, and hooks of parameters are run by autograd.
-            plain = due or not member.compiles or any(map(_hooked, own))
+            plain = due or evaluation.eager or not member.compiles or any(map(_hooked, own))
             state = None if states is None else states[i]
             found = _evaluated(member, batch, state, seen if repeatable else None, None if plain else tuple(inputs))
             loss = found.loss
@@ -101,6 +128,36 @@ def accumulate_total_gradient(
     if not _any([t.grad for t in own]):
         raise unreached(member.title, evaluation.graph.why_no_gradient(member.name))
     return TotalGradient(sum(losses) / len(losses), _means(logged), seen, frame.used, reached)
+
+
+def _as_one(
+    whole: CompiledTotal, evaluation: Evaluation, member: Member, own: Sequence[Tensor], batch: Any, *, training: bool
+) -> TotalGradient | None:
+    """Do all of it by one compiled function, if there is one and nothing is to be looked at more closely."""
+    schedule = member.in_training if training else member.in_methods
+    if schedule.next_is_due or whole.check_due:
+        # To compile the parts for this once would take longer than to run them.
+        evaluation.eager = whole.hopeful
+        return None
+    nodes = [evaluation.stage(stage, member.name) for stage in whole.stages]
+    drawn = [evaluation.batches(stage) for stage in whole.stages]
+    if any(map(_hooked, own)) or not whole.possible(nodes, drawn):
+        return None
+    state = RandomState.capture(member.cuda_devices, host=False) if training else None
+    done = whole(tuple(own), batch, nodes, drawn)
+    if done is None:
+        evaluation.eager = whole.hopeful
+        return None
+    schedule.count += 1
+    found, used = done
+    if not found.has_derivatives:
+        raise without_graph(member.title, evaluation.graph.why_no_gradient(member.name))
+    _add_gradients(found, own, 1)
+    if not _any([t.grad for t in own]):
+        raise unreached(member.title, evaluation.graph.why_no_gradient(member.name))
+    reached = tuple([m.name for m in evaluation.links[member.name].proxied])
+    seen = [] if state is None else [(batch, state)]
+    return TotalGradient(found.loss.item(), found.metrics, seen, used, reached)
 
 
 def _add_gradients(found: Outcome, inputs: Sequence[Tensor], batches: int) -> None:
@@ -222,19 +279,42 @@ def _pull_back(
     sources: Iterable[tuple[str, bool]],
 ) -> None:
     """Send the cotangent `given` of a stage's response back to its `sources`, and add the results to theirs."""
+    node, method = evaluation.stage(stage, member.name), evaluation.links[stage.name].method
+    sweep = evaluation.sweeps.get(member.name)
+    compiled = None if sweep is None or evaluation.eager else sweep.pullbacks.get(stage.name)
+    refused = False
+    if compiled is not None:
+        try:
+            done = compiled(node, given, evaluation.batches(stage))
+        except CannotCompileError:
+            done, refused = None, True
+        if done is not None:
+            _distribute(done, [(name, wanted) for name, wanted in sources if wanted], values, cotangents)
+            return
     inputs: list[Tensor] = []
     needed: list[bool] = []
     for name, wanted in sources:
         tensors = values[name]
         inputs += tensors
         needed += [wanted] * len(tensors)
-    node, method = evaluation.stage(stage, member.name), evaluation.links[stage.name].method
     if method.uses_up_cotangents and evaluation.links[member.name].hands_over:
         # They come from a backward pass of this gradient's own, or from methods above that keep nothing.
         node.disposable_cotangents = True
         for t in values[stage.name]:
             t.grad = None  # which would be something else afterwards
     found = pulled_back(node, method, given, values[stage.name], inputs, needed)
+    if compiled is not None and refused:
+        compiled.give_up()  # as above
+    _distribute(found, sources, values, cotangents)
+
+
+def _distribute(
+    found: Sequence[Tensor | None],
+    sources: Iterable[tuple[str, bool]],
+    values: Mapping[str, Vector],
+    cotangents: dict[str, list[Tensor | None]],
+) -> None:
+    """Add what a stage sends back to what its sources have got from others."""
     begin = 0
     for name, wanted in sources:
         end = begin + len(values[name])

@@ -19,8 +19,10 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 # In a shorter vector entries may matter whose squares are below the full range of float32 (1e-38), in a longer one only
 # by the millions.
 _SQUARES_IN_RANGE = 1e-15
-# The same where all is in float64, whose range ends at 1e-308.
-_SQUARES_IN_LONG_RANGE = 1e-140
+#: The same where all is in float64, whose range ends at 1e-308.
+SMALLEST_LENGTH = 1e-140
+#: Lengths of vectors whose squares are safe in every dtype that a solver works in.
+SAFE_LENGTHS = (1e-8, 1e8)
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
@@ -46,7 +48,7 @@ def norm(a: Sequence[Tensor]) -> float:
     found = _norm(a)
     if _SQUARES_IN_RANGE < found < math.inf:
         return found
-    if _SQUARES_IN_LONG_RANGE < found < math.inf and all(x.dtype is torch.float64 for x in a):
+    if SMALLEST_LENGTH < found < math.inf and all(x.dtype is torch.float64 for x in a):
         return found
     # Squares, or some of them, may have left the range of the dtype: once more with the largest entry at 1.
     largest = max(_numbers([x.abs().max() if x.numel() else x.new_zeros(()) for x in a]))

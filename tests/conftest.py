@@ -13,3 +13,11 @@ def _double_precision_and_seed():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def fresh_graphs():
+    """Let torch compile anew what it has compiled for another test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

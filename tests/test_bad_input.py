@@ -319,6 +319,20 @@ def test_undeclared_and_unknown_names_inside_a_loss():
         problem.deps.b  # noqa: B018
 
 
+@pytest.mark.skipif(not hasattr(BaseException, "add_note"), reason="before Python 3.11 errors have no notes")
+def test_a_dependency_that_is_looked_for_among_the_attributes():
+    a, b = Stage("a", depends_on={"role": "b"}), Stage("b", depends_on=["a"])
+    engine = mlo.Engine([a, b])
+    for name, notes in (
+        ("role", ["'role' is a dependency of problem 'a': it is read by self.deps.role."]),
+        ("b", []),
+    ):
+        a.training_step = lambda batch, name=name: getattr(a, name).params["w"].sum()
+        with pytest.raises(AttributeError) as caught:
+            engine.step()
+        assert getattr(caught.value, "__notes__", []) == notes
+
+
 def test_views_are_read_only():
     problem, upper = Stage("a", depends_on=["b"]), Stage("b", depends_on=["a"])
     mlo.Engine([problem, upper])

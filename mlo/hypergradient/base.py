@@ -13,6 +13,7 @@ from torch import Tensor
 from mlo.errors import BreakdownError, BreakdownWarning, ConfigurationError
 from mlo.stage_function import StageFunction
 from mlo.status import SolveReport
+from mlo.traced_pullback import TracedPullback
 
 Policy = Literal["warn", "raise", "skip"]
 
@@ -108,6 +109,10 @@ class HypergradientMethod(ABC):
         Called in grad mode if and only if the result must be differentiable.
 
         """
+
+    def traced_pullback(self) -> TracedPullback | None:
+        """Return `pullback` as arithmetic of a known length, if it is that: then it can be compiled."""
+        return None
 
     def option_error(self, option: str, expected: str) -> ConfigurationError:
         """Return the error for an option that is out of range."""

@@ -103,7 +103,7 @@ class KrylovMethod(ImplicitMethod):
             adjoint = corrected
         return Solution(adjoint, Status.CONVERGED, steps, error / size)
 
-    def _tolerance(self, rhs: Vector, size: float) -> float:
+    def _tolerance(self, rhs: Sequence[Tensor], size: float) -> float:
         """Return the length of the residual at which to stop, for a right-hand side of length `size`."""
         return max(size * (max(self.rtol, rounding_unit(rhs)) if self.rtol else 0.0), self.atol)
 
@@ -257,7 +257,7 @@ class _Steps(Recurrence):
     """What `ConjugateGradient.solve` does, with pᵀHp, p·p and r·r for each direction p and the residual r after it."""
 
     def __init__(self, method: ConjugateGradient) -> None:
-        self.steps, self._method = method.max_steps, method
+        self.steps, self.count, self._method = method.max_steps, 3 * method.max_steps, method
 
     @staticmethod
     def run(
@@ -282,12 +282,12 @@ class _Steps(Recurrence):
             error, squared = after, after + growth**2 * squared
         return adjoint, rows
 
-    def factors(self, stage: StageFunction, rhs: Vector) -> Vector:
+    def factors(self, stage: StageFunction, theta: Sequence[Tensor]) -> Vector:
         damping = self._method.damping
-        return numbers_as_tensors([damping] * len(rhs), rhs) if damping else ()
+        return numbers_as_tensors([damping] * len(theta), theta) if damping else ()
 
-    def ending(self, numbers: Sequence[float], rhs: Vector, size: float) -> Ending | None:
-        tolerance, flat = self._method._tolerance(rhs, size), FLAT * rounding_unit(rhs)
+    def ending(self, numbers: Sequence[float], theta: Sequence[Tensor], size: float) -> Ending | None:
+        tolerance, flat = self._method._tolerance(theta, size), FLAT * rounding_unit(theta)
         error, steepest = size**2, 0.0
         for curvature, squared, after in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
             if not math.sqrt(error) > tolerance or _out_of_range(curvature, squared, error) is not None:

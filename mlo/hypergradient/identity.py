@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from mlo.hypergradient.implicit import ImplicitMethod, Solution, gradient_norm, is_read, normalising_factor
-from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
+from mlo.hypergradient.scaling import Scale, factors_as_tensors, is_scale, scale_factors
 from mlo.linear_system import LinearSystem
+from mlo.recurrence import Ending, Recurrence, TracedProduct
 from mlo.stage_function import StageFunction
 from mlo.status import SolveReport, Status
+from mlo.traced import inner, times
 from mlo.vectors import Vector, norm, scale, scaled
 
 # Below this a vector's length is in the range of every dtype.
@@ -95,6 +97,10 @@ class Identity(ImplicitMethod):
         self.settle(stage, SolveReport(stage.name, type(self).__name__, status, 0, None, 0, distance))
         return scaled(mixed, -1 / factor)
 
+    def recurrence(self) -> Recurrence | None:
+        """Return the multiplication."""
+        return _Multiple(self) if type(self) is Identity else None
+
     @staticmethod
     def _scaled(rhs: Sequence[Tensor], size: float, factors: float | tuple[float, ...]) -> tuple[Vector, Status]:
         """Return λ = scale·c and whether it is finite, for c of length `size`."""
@@ -103,3 +109,26 @@ class Identity(ImplicitMethod):
         # An upper bound of ‖λ‖, known without looking at its entries.
         finite = size * largest < _IN_RANGE or math.isfinite(norm(adjoint))
         return adjoint, Status.APPROXIMATE if finite else Status.NON_FINITE
+
+
+class _Multiple(Recurrence):
+    """What `Identity.solve` does, with ‖λ‖²."""
+
+    steps, count = 0, 1
+
+    def __init__(self, method: Identity) -> None:
+        self._method = method
+
+    @staticmethod
+    def run(
+        product: TracedProduct, rhs: Sequence[Tensor], steps: int, factors: Vector
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        adjoint = list(map(times, factors, rhs))
+        return adjoint, [[inner(adjoint, adjoint)]]
+
+    def factors(self, stage: StageFunction, theta: Sequence[Tensor]) -> Vector:
+        return factors_as_tensors(self._method, self._method.scale, stage, theta)
+
+    def ending(self, numbers: Sequence[float], theta: Sequence[Tensor], size: float) -> Ending | None:
+        (squared,) = numbers
+        return Ending(Status.APPROXIMATE, 0, None, 0) if math.isfinite(squared) else None

@@ -19,13 +19,10 @@ from mlo.linear_system import LinearSystem
 from mlo.products import DoubleBackward, Product
 from mlo.recurrence import Recurrence
 from mlo.reverse_pass import gradients
-from mlo.stage_function import StageFunction, leaves
+from mlo.stage_function import StageFunction
 from mlo.status import SolveReport, Status
-from mlo.traced import Solve, numbers_as_tensors
-from mlo.vectors import Vector, norm, scale, scaled
-
-# Lengths whose squares are safe in every dtype that a solver works in.
-_SAFE = (1e-8, 1e8)
+from mlo.traced_pullback import TracedPullback, TracedSolve
+from mlo.vectors import SAFE_LENGTHS, Vector, norm, scale, scaled
 
 
 @dataclass(frozen=True)
@@ -108,10 +105,6 @@ class ImplicitMethod(HypergradientMethod):
             return self._differentiable_pullback(stage, cotangents, solution, inputs)
         size = norm(cotangents)
         factor = normalising_factor(size)
-        if stage.compiles and factor == 1.0 and not torch.is_grad_enabled():
-            found = self._compiled_pullback(stage, tuple(cotangents), solution, inputs, needed, size)
-            if found is not None:
-                return found
         with torch.set_grad_enabled(False), self.product.linearised(stage, solution, inputs, needed) as linearisation:
             rhs = cotangents if factor == 1.0 else scale(cotangents, factor)
             key = _warm_start_key(stage)
@@ -121,38 +114,13 @@ class ImplicitMethod(HypergradientMethod):
         return first_order_only(self, stage, scaled(mixed, -1 / factor), (*cotangents, *solution, *inputs))
 
     def recurrence(self) -> Recurrence | None:
-        """Return the solver as arithmetic of a known length, if it is that: then it can be compiled."""
+        """Return the solver as arithmetic of a known length, if it is that; a subclass of it is not."""
         return None
 
-    def _compiled_pullback(
-        self,
-        stage: StageFunction,
-        cotangents: Vector,
-        solution: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        needed: Sequence[bool],
-        size: float,
-    ) -> tuple[Tensor | None, ...] | None:
-        """Return −Gᵀ H⁻ᵀ c from one compiled function of the whole solve, if there is one and nothing ends it early."""
-        recurrence = self.recurrence()
-        if recurrence is None or type(self.product) is not DoubleBackward or not 0 < size < math.inf:
-            return None
-        if not stage.compiles_solve(recurrence.steps):
-            return None
-        theta, x, factors = leaves(solution), leaves(inputs, needed), recurrence.factors(stage, cotangents)
-        decays = numbers_as_tensors(stage.weight_decays, cotangents) if any(stage.weight_decays) else ()
-        given = Solve(cotangents, decays, recurrence.run, recurrence.steps, factors)
-        with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
-            found = evaluate.whole_solve(theta, x, given)
-        if found is None:
-            return None
-        (*numbers, squared), mixed = found
-        ending = recurrence.ending(numbers, cotangents, size)
-        stage.solve_compiled(ended=ending is not None)
-        if ending is None:
-            return None
-        self.settle(stage, SolveReport(stage.name, type(self).__name__, *ending, gradient_norm=math.sqrt(squared)))
-        return scaled(mixed, -1.0)
+    def traced_pullback(self) -> TracedPullback | None:
+        """Return the solve and the mixed product, if both are arithmetic of a known length."""
+        recurrence = self.recurrence() if type(self.product) is DoubleBackward else None
+        return None if recurrence is None else TracedSolve(recurrence)
 
     def _differentiable_pullback(
         self, stage: StageFunction, cotangents: Sequence[Tensor], solution: Sequence[Tensor], inputs: Sequence[Tensor]
@@ -245,7 +213,7 @@ def _warm_start_key(stage: StageFunction) -> str | None:
 
 def normalising_factor(size: float) -> float:
     """Return a power of two that brings c near length 1 if its square could leave the range of its dtype."""
-    if size == 0 or not math.isfinite(size) or _SAFE[0] < size < _SAFE[1]:
+    if size == 0 or not math.isfinite(size) or SAFE_LENGTHS[0] < size < SAFE_LENGTHS[1]:
         return 1.0
     return 2.0 ** -round(math.log2(size))
 

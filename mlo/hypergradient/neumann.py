@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mlo.hypergradient.conjugate_gradient import FLAT
 from mlo.hypergradient.implicit import ImplicitMethod, Solution
-from mlo.hypergradient.scaling import Scale, is_scale, scale_factors
+from mlo.hypergradient.scaling import Scale, factors_as_tensors, is_scale, scale_factors
 from mlo.linear_system import LinearSystem
 from mlo.options import is_count, is_number
 from mlo.recurrence import Ending, Recurrence, TracedProduct
 from mlo.stage_function import StageFunction
 from mlo.status import Status
-from mlo.traced import inner, numbers_as_tensors, times
+from mlo.traced import inner, times
 from mlo.vectors import Vector, add, add_, norm, rounding_unit, scale, zeros_like
 
 # A residual that has grown by this factor does not come back, and would overflow in the end.
@@ -160,7 +160,8 @@ class _Series(Recurrence):
     def __init__(self, method: Neumann) -> None:
         assert method.terms is not None
         assert not isinstance(method.scale, str)
-        self.steps, self._method, self._scale = method.terms, method, method.scale
+        self.steps, self.count = method.terms, method.terms - 1
+        self._method, self._scale = method, method.scale
 
     @staticmethod
     def run(
@@ -175,14 +176,12 @@ class _Series(Recurrence):
             rows.append([inner(residual, residual)])
         return list(map(times, factors, total)), rows
 
-    def factors(self, stage: StageFunction, rhs: Vector) -> Vector:
-        found = scale_factors(self._method, self._scale, stage)
-        each = found if isinstance(found, tuple) else (found,) * len(rhs)
-        return numbers_as_tensors(each, rhs)
+    def factors(self, stage: StageFunction, theta: Sequence[Tensor]) -> Vector:
+        return factors_as_tensors(self._method, self._scale, stage, theta)
 
-    def ending(self, numbers: Sequence[float], rhs: Vector, size: float) -> Ending | None:
+    def ending(self, numbers: Sequence[float], theta: Sequence[Tensor], size: float) -> Ending | None:
         rtol = self._method.rtol
-        limit = size * max(rtol, rounding_unit(rhs)) if rtol else 0.0
+        limit = size * max(rtol, rounding_unit(theta)) if rtol else 0.0
         sizes = [size, *[math.sqrt(n) if n >= 0 else math.nan for n in numbers]]
         if any(_end(s, size, limit) is not None for s in sizes) or sizes[-1] > sizes[max(len(sizes) - 2, 0)]:
             return None

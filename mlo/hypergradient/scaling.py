@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from mlo.errors import ConfigurationError
 from mlo.hypergradient.base import HypergradientMethod
 from mlo.linear_system import LinearSystem
 from mlo.options import is_number
 from mlo.stage_function import StageFunction
+from mlo.traced import numbers_as_tensors
+from mlo.vectors import Vector
 
 Scale = float | None
 
@@ -26,6 +32,14 @@ def scale_factors(
     if rates is None:
         raise missing_learning_rate(method, system.name)
     return rates
+
+
+def factors_as_tensors(
+    method: HypergradientMethod, scale: Scale, stage: StageFunction, theta: Sequence[Tensor]
+) -> Vector:
+    """Return the factor of each tensor as a tensor, for what torch.compile traces."""
+    found = scale_factors(method, scale, stage)
+    return numbers_as_tensors(found if isinstance(found, tuple) else (found,) * len(theta), theta)
 
 
 def missing_learning_rate(method: HypergradientMethod, stage: str) -> ConfigurationError:

@@ -16,7 +16,7 @@ from mlo.options import is_number
 from mlo.products.base import Linearisation, Product
 from mlo.products.directional import NEARER, DirectionalLinearisation, loss_gradients, shift_length
 from mlo.stage_function import StageFunction, leaves
-from mlo.vectors import Vector, add, norm, rounding_unit, scale_and_add_
+from mlo.vectors import Vector, add, differences, norm, reflect_, rounding_unit, scale_and_add_
 
 # The two sides are looked at more closely where they differ by this share of the loss: a shift changes it by less.
 _SUSPICIOUS = 0.01
@@ -142,10 +142,18 @@ def central_difference(
     theta = leaves(shifted) if in_theta or stage.asks_for_gradients else shifted
     at = theta if in_theta else x
     with torch.enable_grad(), stage.evaluation(theta, x) as evaluate:
-        there, back, changes = evaluate.difference(at, shifted, solution, factor)
-    if abs(there - back) > _SUSPICIOUS * max(abs(there), abs(back)) and stage.repetition_check_due():
+        there, ahead = evaluate.value_and_gradients(at)
+        # Past the count of writes, since it is not the loss that writes; its graph of the first side is gone.
+        reflect_(shifted, solution)
+        back, behind = evaluate.value_and_gradients(at)
+    if very_different(there, back) and stage.repetition_check_due():
         _check_repeatable(stage, back, theta, x)
-    return changes
+    return differences(ahead, behind, factor)
+
+
+def very_different(there: float, back: float) -> bool:
+    """Whether the losses of both sides differ by more than a shift changes them."""
+    return abs(there - back) > _SUSPICIOUS * max(abs(there), abs(back))
 
 
 def _asks_for_gradients(stage: StageFunction, theta: Vector, x: Vector) -> bool:

@@ -122,8 +122,13 @@ def shift_length(tensors: Sequence[Tensor]) -> float:
     with that of rounding, 1/32 is what small networks were measured to want, and 32u keeps the shift of a 16-bit
     weight above its own rounding.
     """
+    return relative_shift_length(tensors) * max(1.0, norm(tensors))
+
+
+def relative_shift_length(tensors: Sequence[Tensor]) -> float:
+    """Return `shift_length` / max(1, ‖θ‖)."""
     unit = rounding_unit(tensors)
-    return float(max(unit ** (1 / 3) / 32, 32 * unit) * max(1.0, norm(tensors)))
+    return float(max(unit ** (1 / 3) / 32, 32 * unit))
 
 
 def warn_of_asymmetry(

@@ -13,7 +13,7 @@ from mlo.bench.libraries.base import Library, Training
 from mlo.bench.specification import NYSTROM_DAMPING, SHIFT, Method
 from mlo.bench.stage import Case, Gradient, Stage
 from mlo.compiled_loss import missing_support
-from mlo.evaluation import MOST_STEPS
+from mlo.traced_pullback import MOST_STEPS
 
 # An engine whose upper problem warms up for ever trains the stages alone.
 _FOR_EVER = 10**9
