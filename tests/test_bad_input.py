@@ -333,6 +333,14 @@ def test_a_dependency_that_is_looked_for_among_the_attributes():
         assert getattr(caught.value, "__notes__", []) == notes
 
 
+def test_an_attribute_of_another_object_by_the_name_of_a_dependency():
+    a, b = Stage("a", depends_on={"role": "b"}), Stage("b", depends_on=["a"])
+    a.training_step = lambda batch: a.module.role.sum()
+    with pytest.raises(AttributeError, match="role") as caught:
+        mlo.Engine([a, b]).step()
+    assert getattr(caught.value, "__notes__", []) == []
+
+
 def test_views_are_read_only():
     problem, upper = Stage("a", depends_on=["b"]), Stage("b", depends_on=["a"])
     mlo.Engine([problem, upper])
