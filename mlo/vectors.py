@@ -105,12 +105,6 @@ def scale_and_add_(a: Vector, factor: float, b: Sequence[Tensor]) -> Vector:
     return a
 
 
-def scale_(a: Vector, factor: float) -> Vector:
-    """Multiply a by a number in place, and return it."""
-    torch._foreach_mul_(a, factor)
-    return a
-
-
 def subtract(a: Sequence[Tensor], b: Sequence[Tensor]) -> Vector:
     """Return a − b."""
     return tuple(torch._foreach_sub(list(a), list(b)))
@@ -136,7 +130,11 @@ def differences(
             return tuple([_difference(a, b, factor) for a, b in zip(ahead, behind, strict=True)])
         there.append(a)
         back.append(b)
-    return scale_(subtract(there, back), factor)
+    changes = subtract(there, back)
+    if any(t.dtype in _LOW_PRECISION for t in changes):
+        return scale(changes, factor)  # in place torch rounds the factor to their 16 bits
+    torch._foreach_mul_(changes, factor)
+    return changes
 
 
 def _difference(a: Tensor | None, b: Tensor | None, factor: float) -> Tensor | None:
