@@ -14,3 +14,15 @@ MARKS = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     pytest.mark.usefixtures("fresh_graphs"),
 ]
+
+
+class Doubled(torch.autograd.Function):
+    """Of which torch compiles a first derivative alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient

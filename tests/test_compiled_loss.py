@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlo
 from mlo import compiled_loss, compiled_sweep, evaluation, traced, traced_sweep
-from tests.compiling import CAPTURED, MARKS
+from tests.compiling import CAPTURED, MARKS, Doubled
 
 FIRST_ORDER = {
     "fd": mlo.FiniteDifference(),
@@ -322,16 +322,6 @@ class HasFunction(Network):
         x, y = batch
         weights = self.deps.weights.params["logit"].sigmoid()
         return (Doubled.apply(weights) * F.cross_entropy(self(x), y, reduction="none")).mean()
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * gradient
 
 
 class DrawsLate(Network):

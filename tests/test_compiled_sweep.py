@@ -13,7 +13,7 @@ from torch import nn
 import mlo
 from mlo import compiled_loss, compiled_sweep, traced_sweep
 from mlo.random_state import RandomState
-from tests.compiling import CAPTURED, MARKS
+from tests.compiling import CAPTURED, MARKS, Doubled
 
 METHODS = {
     "fd": mlo.FiniteDifference(scale=0.3),
@@ -876,20 +876,10 @@ def test_parts_are_not_compiled_where_a_number_sends_the_whole_back(asked):
         assert asked in ([], ["whole"])
 
 
-class Twice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * gradient
-
-
 def test_parts_are_not_compiled_where_torch_refuses_the_whole(asked):
     class HasFunction(Low):
         def training_step(self, batch):
-            return (self.params["a"] - Twice.apply(self.deps.top.params["x"])).square().sum()
+            return (self.params["a"] - Doubled.apply(self.deps.top.params["x"])).square().sum()
 
     engine = two_levels("whole", METHODS["cg"], CAPTURED, low=HasFunction)
     for _ in range(8):
