@@ -156,9 +156,7 @@ class SharedBinding:
         self._before = [m.problem.__dict__.get("_frame") for m in self._evaluated]
         for m, frame in zip(self._evaluated, frames, strict=True):
             m.problem.__dict__["_frame"] = frame
-            for name in m.seen:
-                frame.parameters(name)  # what a frame takes note of must not change from call to call
-            m.problem.deps.prepare()
+            m.prepare(frame)
         return frames[0]
 
     def __exit__(self, *_: object) -> None:

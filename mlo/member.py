@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_modules
 
 from mlo.compiled_loss import CompiledLoss, switched_off
 from mlo.data_feed import DataFeed
-from mlo.frame import ModuleSlots, ParameterNames, ParameterSlots
+from mlo.frame import Frame, ModuleSlots, ParameterNames, ParameterSlots
 from mlo.optimizer_facts import OptimizerFacts
 from mlo.problem import Problem
 from mlo.random_state import HostDraws, RandomState
@@ -147,15 +147,18 @@ class Member:
         assert self.compiled is not None, self.name
         frame = self.problem._frame
         assert frame is not None, self.name
-        # The frame is to be the same at each call: what it takes note of would be another function at the next one.
-        for name in self.seen:
-            frame.parameters(name)
-        self.problem.deps.prepare()
+        self.prepare(frame)
         used, frame.used = frame.used, set()
         try:
             return self.compiled(self.problem.training_step, batch, derivatives)
         finally:
             frame.used |= used
+
+    def prepare(self, frame: Frame) -> None:
+        """Make all that a loss would make when it first asks: compiled, it would be another function the next time."""
+        for name in self.seen:
+            frame.parameters(name)
+        self.problem.deps.prepare()
 
     def constants(self) -> Vector:
         """Return the present values of the trainable parameters as constants."""

@@ -27,6 +27,9 @@ ROUNDING = {"rtol": 1e-7, "atol": 1e-10}
 
 pytestmark = MARKS
 
+# Whether the upper problem is compiled too, so that all is one function, or the stage's pullback alone.
+both_ways = pytest.mark.parametrize("kind", ["whole", "pullback"])
+
 
 @pytest.fixture
 def called(monkeypatch):
@@ -276,24 +279,31 @@ class Embeds(mlo.Problem):
         return (rows.sum(1)[:2].sum() - low).square().sum()
 
 
-def test_a_sparse_gradient_of_the_upper_problem_itself():
+@both_ways
+@pytest.mark.parametrize("stance", ["default", "force_eager"])
+@pytest.mark.parametrize("rows", [lambda top: top.params["weight"][:2], lambda top: top(torch.tensor([0, 1]))])
+def test_sparse_gradients_of_the_upper_problem(rows, stance, kind):
+    """Its own, and those that come from a stage; compiled code has none, and such a sweep goes on in parts."""
+
+    class Far(mlo.Problem):
+        def training_step(self, batch):
+            return (self.params["a"] - self.deps.top.params["weight"].sum()).square().sum()
+
     class Near(mlo.Problem):
         def training_step(self, batch):
-            return (self.params["a"] - 2 * self.deps.top.params["weight"][:2].sum(1)[:1]).square().sum()
+            return (self.params["a"] - self.deps.far.params["a"] - 2 * rows(self.deps.top).sum(1)[:1]).square().sum()
 
     found = []
     for compiled in (CAPTURED, None):
         torch.manual_seed(0)
+        options = {"hypergradient": METHODS["identity"], "compile": compiled}
+        far = Far("far", nn.ParameterDict({"a": torch.zeros(2)}), depends_on=["top"], **options)
+        near = Near("low", nn.ParameterDict({"a": torch.ones(2)}), depends_on=["far", "top"], **options)
         top = nn.Embedding(4, 3, sparse=True)
-        low = Near(
-            "low",
-            nn.ParameterDict({"a": torch.ones(2)}),
-            depends_on=["top"],
-            hypergradient=METHODS["cg"],
-            compile=compiled,
-        )
-        engine = mlo.Engine([low, Embeds("top", top, depends_on=["low"], compile=compiled)])
-        found.append([engine.hypergradient("top")["weight"].to_dense() for _ in range(6)])
+        upper = Embeds("top", top, depends_on=["low"], compile=compiled if kind == "whole" else None)
+        engine = mlo.Engine([far, near, upper])
+        with torch.compiler.set_stance(stance):
+            found.append([engine.hypergradient("top")["weight"].to_dense() for _ in range(6)])
     assert_same(*found)
 
 
@@ -348,9 +358,6 @@ def two_levels(kind, method, compiled, *, low=Low, high=High, module=None, dtype
     lower = low("low", module, optimizer=sgd[0], depends_on=["top"], hypergradient=method, compile=compiled, **options)
     upper = high("top", top, optimizer=sgd[1], depends_on=["low"], compile=compiled if kind == "whole" else None)
     return mlo.Engine([lower, upper])
-
-
-both_ways = pytest.mark.parametrize("kind", ["whole", "pullback"])
 
 
 def attempts_left(engine, kind):
